@@ -1,0 +1,27 @@
+"""Fixtures that every room's tests may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@pytest.fixture(scope="session")
+def isbi_dir() -> Path:
+    """The folder of the real ISBI 2012 slices; tests that need them are skipped where it has none."""
+    folder = ROOT / os.environ.get("DATA_DIR", "data")
+    if not (folder / "train-volume.tif").exists():
+        pytest.skip(f"the ISBI 2012 slices are not in {folder}; name their folder with DATA_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    """The folder that holds README.md and the Makefile."""
+    return ROOT

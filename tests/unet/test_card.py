@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from unet.card import CARD_FILE, Card, CardError, Engine
+from unet.files import sha256_of
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved folder -> a file -> another file, and an engine that loads the last."""
+    (tmp_path / "saved_model").mkdir()
+    (tmp_path / "saved_model" / "weights").write_bytes(b"1234")
+    (tmp_path / "model.onnx").write_bytes(b"single")
+    (tmp_path / "model.fp16.onnx").write_bytes(b"half")
+    card = Card(tmp_path)
+    card.record(
+        "saved_model", tmp_path / "saved_model", None, "python train/main.py", versions={"tensorflow": "2.15.1"}
+    )
+    card.record("onnx", tmp_path / "model.onnx", "saved_model", "python -m export.to_onnx", opset=17)
+    card.record("onnx_fp16", tmp_path / "model.fp16.onnx", "onnx", "python -m export.half_precision")
+    card.model = {"base_filters": 16, "parameters": 1_940_834}
+    card.tile_sizes = (572, 700)
+    card.engine = Engine("openvino", "bf16", "model.fp16.onnx", 12.5)
+    card.parity = [{"step": "ONNX", "max_difference": 1e-7}]
+    card.save()
+    return tmp_path
+
+
+def test_a_loaded_card_is_the_saved_one(folder: Path) -> None:
+    card = Card.load(folder)
+    assert card.as_dict() == json.loads((folder / CARD_FILE).read_text())
+    assert card.tile_sizes == (572, 700)
+    assert card.engine == Engine("openvino", "bf16", "model.fp16.onnx", 12.5)
+    assert card.artefacts["onnx"].facts == {"opset": 17}
+    assert card.artefacts["onnx"].parent_sha256 == card.artefacts["saved_model"].sha256
+    assert card.artefacts["saved_model"].versions == {"tensorflow": "2.15.1"}
+    assert card.verify_engine() == folder / "model.fp16.onnx"
+    card.verify_all()
+
+
+def test_another_file_is_refused_with_both_hashes(folder: Path) -> None:
+    recorded = sha256_of(folder / "model.onnx")
+    (folder / "model.onnx").write_bytes(b"another")
+    with pytest.raises(CardError) as caught:
+        Card.load(folder).verify("onnx")
+    for part in (str(folder / "model.onnx"), recorded[:12], sha256_of(folder / "model.onnx")[:12]):
+        assert part in str(caught.value)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@given(position=st.integers(0, 3), bit=st.integers(0, 7))
+def test_one_flipped_bit_anywhere_is_refused(folder: Path, position: int, bit: int) -> None:
+    path = folder / "saved_model" / "weights"
+    content = bytearray(b"1234")
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+    with pytest.raises(CardError, match="not the file"):
+        Card.load(folder).verify("saved_model")
+    path.write_bytes(b"1234")
+    Card.load(folder).verify("saved_model")
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "model.fp16.onnx").unlink()
+    with pytest.raises(CardError, match=r"model\.fp16\.onnx is missing"):
+        Card.load(folder).verify_engine()
+
+
+def test_a_child_of_another_parent_is_refused(folder: Path) -> None:
+    card = Card.load(folder)
+    (folder / "model.onnx").write_bytes(b"trained anew")
+    card.record("onnx", folder / "model.onnx", "saved_model", "python -m export.to_onnx")
+    card.verify("onnx")
+    with pytest.raises(CardError, match=r"model\.fp16\.onnx was made from another onnx: its SHA-256 began"):
+        card.verify("onnx_fp16")
+
+
+def test_a_card_whose_chain_is_a_ring_is_refused(folder: Path) -> None:
+    values = json.loads((folder / CARD_FILE).read_text())
+    values["artefacts"]["saved_model"]["parent"] = "onnx_fp16"
+    values["artefacts"]["saved_model"]["parent_sha256"] = values["artefacts"]["onnx_fp16"]["sha256"]
+    (folder / CARD_FILE).write_text(json.dumps(values))
+    with pytest.raises(CardError, match="was made from"):
+        Card.load(folder).verify("onnx")
+
+
+def test_a_published_copy_without_the_parents_verifies(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    published = tmp_path_factory.mktemp("version")
+    for name in (CARD_FILE, "model.fp16.onnx"):
+        shutil.copy(folder / name, published)
+    assert Card.load(published).verify_engine() == published / "model.fp16.onnx"
+
+
+def test_a_card_without_engine_says_so(folder: Path) -> None:
+    values = json.loads((folder / CARD_FILE).read_text())
+    values["engine"] = None
+    (folder / CARD_FILE).write_text(json.dumps(values))
+    card = Card.load(folder)
+    assert not card.has_engine
+    with pytest.raises(CardError, match="--target cpu"):
+        _ = card.engine
+
+
+def test_an_engine_file_that_is_not_listed_is_refused(folder: Path) -> None:
+    card = Card.load(folder)
+    card.engine = Engine("openvino", "f32", "other.onnx", 1.0)
+    with pytest.raises(CardError, match=r"other\.onnx but does not list it"):
+        card.verify_engine()
+
+
+def test_an_unknown_artefact_is_named_beside_the_known(folder: Path) -> None:
+    with pytest.raises(CardError, match="does not list plan; it lists saved_model, onnx, onnx_fp16"):
+        Card.load(folder).verify("plan")
+    with pytest.raises(CardError, match="does not list plan"):
+        Card.load(folder).record("x", folder / "model.onnx", "plan", "")
+
+
+@pytest.mark.parametrize("file", ["../secret", "/etc/passwd", "a/../../b"])
+def test_a_file_outside_the_folder_is_refused(folder: Path, file: str) -> None:
+    values = json.loads((folder / CARD_FILE).read_text())
+    values["artefacts"]["onnx"]["file"] = file
+    (folder / CARD_FILE).write_text(json.dumps(values))
+    with pytest.raises(CardError, match="outside"):
+        Card.load(folder).verify("onnx")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "cannot be read as a card"),
+        ("[]", "not a card"),
+        ("{}", "not a card"),
+        ('{"artefacts": {}, "format": 99}', "format 99, this version reads 1"),
+        ('{"artefacts": {}, "format": 1}', "lacks or misnames an entry"),
+        ('{"artefacts": {"onnx": {"file": "x"}}, "format": 1}', "lacks or misnames an entry"),
+        ('{"artefacts": [1], "format": 1}', "lacks or misnames an entry"),
+        ("\xff", "cannot be read as a card"),
+    ],
+)
+def test_what_is_no_card_gets_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / CARD_FILE).write_bytes(content.encode("latin-1"))
+    with pytest.raises(CardError, match=sentence):
+        Card.load(tmp_path)
+
+
+def test_a_folder_without_card_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CardError, match=r"card\.json does not exist"):
+        Card.load(tmp_path)

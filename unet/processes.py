@@ -1,0 +1,90 @@
+"""Child processes that never outlive their parent, and what they took."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+GRACE_S = 30.0
+
+
+@contextlib.contextmanager
+def child(
+    line: Sequence[str], *, log: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ``line`` in a session of its own; whatever is left of it and its descendants ends with the block.
+
+    A session of its own keeps a terminal's Ctrl-C from reaching it: the parent gets that and ends the child in order.
+
+    Args:
+        line: program and arguments.
+        log: file that takes both output streams; by default they are the parent's.
+        environment: the whole environment; by default the parent's.
+    """
+    stream = log.open("ab") if log is not None else None
+    try:
+        process = subprocess.Popen(line, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+    finally:
+        if stream is not None:
+            stream.close()
+    try:
+        yield process
+    finally:
+        end_tree(process.pid)
+        process.wait()
+
+
+def end_tree(pid: int, grace_s: float = GRACE_S) -> None:
+    """End a process and all its descendants: SIGTERM, a bounded wait, SIGKILL for what is left.
+
+    Launchers put their workers in other sessions, so the tree is followed by parenthood and not by group.
+    """
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root.send_signal(signal.SIGTERM)
+    psutil.wait_procs([root], timeout=grace_s)
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(tree, timeout=grace_s)
+
+
+@dataclass
+class MemoryWatch:
+    """The largest resident memory, in bytes, that a process's descendants held at the same time."""
+
+    interval_s: float = 0.5
+    peak: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(self.interval_s):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_info().rss
+            self.peak = max(self.peak, total)

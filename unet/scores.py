@@ -1,0 +1,257 @@
+"""The scores of the ISBI 2012 challenge, V_rand and V_info after border thinning, and two that need no segments.
+
+Arganda-Carreras et al. (2015), "Crowdsourcing the creation of image segmentation algorithms for connectomics",
+Frontiers in Neuroanatomy 9:142. Membrane is 0, everything else 1, in labels as in probabilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from unet.errors import UnetError, command, say
+from unet.stack import PROBABILITY_LIMITS, StackReader, read_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+THRESHOLDS = tuple(step / 10 for step in range(11))
+
+
+class ScoreError(UnetError):
+    """A proposal that cannot be scored."""
+
+
+def dice(probability: npt.NDArray[Any], labels: npt.NDArray[Any], threshold: float = 0.5) -> float:
+    """The Dice coefficient of the membrane: 2 |P and T| / (|P| + |T|).
+
+    Args:
+        probability: of "not membrane", any shape; membrane is where it is not above the threshold.
+        labels: the same shape, 0 membrane, 1 not.
+        threshold: between membrane and not.
+
+    Returns:
+        Between 0 and 1; 1 where neither has any membrane.
+    """
+    proposal, truth = probability <= threshold, labels == 0
+    size = int(proposal.sum()) + int(truth.sum())
+    return 2 * int((proposal & truth).sum()) / size if size else 1.0
+
+
+def pixel_error(probability: npt.NDArray[Any], labels: npt.NDArray[Any], threshold: float = 0.5) -> float:
+    """The share of pixels on the wrong side of the threshold."""
+    return float(np.mean((probability > threshold) != (labels != 0)))
+
+
+def thinned_segments(proposal: npt.NDArray[np.bool_]) -> npt.NDArray[np.integer[Any]]:
+    """Grow the 4-connected segments of a mask until lines of one pixel are left between them.
+
+    Args:
+        proposal: [H, W], True where not membrane.
+
+    Returns:
+        Segment numbers from 1 on, [H, W]; 0 on the lines, and everywhere if the mask is empty.
+    """
+    import scipy.ndimage
+    from skimage.segmentation import watershed
+
+    seeds, count = scipy.ndimage.label(proposal)
+    if count == 0:
+        return np.asarray(seeds)
+    return np.asarray(watershed((~proposal).astype(np.uint8), seeds, connectivity=1, watershed_line=True))
+
+
+def v_rand_v_info(proposal: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """V_rand thin and V_info thin of one slice.
+
+    Args:
+        proposal: [H, W], True where not membrane; it is thinned.
+        truth: [H, W], True where not membrane; it is not thinned, and its membrane is left out of all counts.
+
+    Returns:
+        (V_rand, V_info), each 1 for the same segments; V_info is 1 also where one segment meets one, 0 / 0.
+
+    Raises:
+        ScoreError: if the truth has no foreground.
+    """
+    import scipy.ndimage
+    import scipy.sparse
+
+    objects, _ = scipy.ndimage.label(truth)
+    inside = objects > 0
+    pixels = int(inside.sum())
+    if pixels == 0:
+        raise ScoreError("a label slice without any non-membrane pixel cannot be scored: leave it out")
+    a = objects[inside]
+    b = thinned_segments(proposal)[inside]
+    kept = b > 0
+    # A line pixel inside true foreground is a segment of its own; u is their share.
+    u = 1 - int(kept.sum()) / pixels
+    ones, shape = np.ones(int(kept.sum()), np.int64), (int(a.max()) + 1, int(b.max()) + 1)
+    joint = scipy.sparse.coo_array((ones, (a[kept], b[kept])), shape).tocsr().data / pixels
+    of_truth = np.bincount(a)[1:] / pixels
+    of_proposal = np.bincount(b[kept])[1:] / pixels
+    together = float(np.sum(joint**2)) + u / pixels
+    apart = 0.5 * (float(np.sum(of_truth**2)) + float(np.sum(of_proposal**2)) + u / pixels)
+    singles = u * np.log(pixels)
+    entropy_truth, entropy_proposal = _entropy(of_truth), _entropy(of_proposal) + singles
+    mutual = entropy_truth + entropy_proposal - (_entropy(joint) + singles)
+    information = entropy_truth + entropy_proposal
+    # One segment against one has nothing to tell: 0 / 0, and the same segments.
+    return together / apart, float(2 * mutual / information) if information > 0 else 1.0
+
+
+def _entropy(shares: npt.NDArray[np.float64]) -> float:
+    positive = shares[shares > 0]
+    return float(-np.sum(positive * np.log(positive)))
+
+
+@dataclass(frozen=True)
+class StackScores:
+    """The scores of a stack.
+
+    Attributes:
+        thresholds: where the proposals were cut.
+        v_rand: V_rand thin at each threshold, the mean over slices.
+        v_info: V_info thin, likewise.
+        dice: Dice coefficient of the membrane in the whole stack, cut at 0.5.
+        pixel_error: share of wrong pixels in the whole stack, cut at 0.5.
+    """
+
+    thresholds: tuple[float, ...]
+    v_rand: tuple[float, ...]
+    v_info: tuple[float, ...]
+    dice: float
+    pixel_error: float
+
+    @property
+    def best_v_rand(self) -> float:
+        """V_rand thin at its best threshold."""
+        return max(self.v_rand)
+
+    @property
+    def best_v_rand_threshold(self) -> float:
+        """The threshold of `best_v_rand`."""
+        return self.thresholds[self.v_rand.index(self.best_v_rand)]
+
+    @property
+    def best_v_info(self) -> float:
+        """V_info thin at its best threshold."""
+        return max(self.v_info)
+
+    @property
+    def best_v_info_threshold(self) -> float:
+        """The threshold of `best_v_info`."""
+        return self.thresholds[self.v_info.index(self.best_v_info)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        names = ("best_v_rand", "best_v_rand_threshold", "best_v_info", "best_v_info_threshold")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+    def __str__(self) -> str:
+        return (
+            f"Dice of the membrane {self.dice:.4f}, "
+            f"V_rand thin {self.best_v_rand:.4f} (at {self.best_v_rand_threshold:.1f}), "
+            f"V_info thin {self.best_v_info:.4f} (at {self.best_v_info_threshold:.1f}), "
+            f"pixel error {self.pixel_error:.4f}"
+        )
+
+
+def _score_slice(task: tuple[npt.NDArray[Any], npt.NDArray[Any], tuple[float, ...]]) -> list[tuple[float, float]]:
+    probability, label, thresholds = task
+    found: dict[bytes, tuple[float, float]] = {}
+    scores = []
+    for threshold in thresholds:
+        mask = probability > threshold
+        # A mask or a sure network gives the same proposal at many thresholds.
+        key = np.packbits(mask).tobytes()
+        if key not in found:
+            found[key] = v_rand_v_info(mask, label != 0)
+        scores.append(found[key])
+    return scores
+
+
+def score_stack(
+    probability: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    thresholds: Sequence[float] = THRESHOLDS,
+    jobs: int = 1,
+) -> StackScores:
+    """Score a stack as the challenge does.
+
+    Args:
+        probability: of "not membrane", [N, H, W] in [0, 1].
+        labels: [N, H, W], 0 membrane, 1 not.
+        thresholds: where proposals are cut.
+        jobs: processes that share the slices. They are started afresh, for a fork of a process with TensorFlow's
+            threads may hang; that takes them a second.
+
+    Raises:
+        ScoreError: if the shapes differ, there are no slices, or a value is not a number in [0, 1].
+    """
+    if probability.shape != labels.shape or probability.ndim != 3 or len(probability) == 0:
+        raise ScoreError(f"a proposal of {probability.shape} cannot be scored against labels of {labels.shape}")
+    if not (np.isfinite(probability).all() and probability.min() >= 0 and probability.max() <= 1):
+        raise ScoreError("the proposal has values outside 0 to 1: it must be the probability of not being membrane")
+    cuts = tuple(float(threshold) for threshold in thresholds)
+    tasks = [(proposal, label, cuts) for proposal, label in zip(probability, labels)]
+    if jobs > 1:
+        with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+            scores = np.array(list(pool.map(_score_slice, tasks)))
+    else:
+        scores = np.array([_score_slice(task) for task in tasks])
+    means = scores.mean(axis=0)
+    return StackScores(
+        cuts,
+        tuple(float(value) for value in means[:, 0]),
+        tuple(float(value) for value in means[:, 1]),
+        dice(probability, labels),
+        pixel_error(probability, labels),
+    )
+
+
+def _pages(text: str, count: int) -> slice:
+    first, _, last = text.partition(":")
+    try:
+        chosen = slice(int(first or 0), int(last or count))
+    except ValueError:
+        raise ScoreError(f"--pages {text} is not FIRST:LAST, as in 24:30") from None
+    if not 0 <= chosen.start < chosen.stop <= count:
+        raise ScoreError(f"--pages {text} is outside the stack's 0:{count}")
+    return chosen
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the scores of a probability stack."""
+    parser = argparse.ArgumentParser(prog="unet.scores", description="Score a probability stack as ISBI 2012 did.")
+    parser.add_argument("probability", type=Path, help="stack of non-membrane probabilities in [0, 1]")
+    parser.add_argument("labels", type=Path, help="stack of labels: 0 membrane, another value not")
+    parser.add_argument("--pages", default=":", help="slices FIRST:LAST to score, LAST left out (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the slices")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    chosen = parser.parse_args(argv)
+    labels = read_labels(chosen.labels)
+    with StackReader(chosen.probability, PROBABILITY_LIMITS) as reader:
+        scale = 1.0 if reader.dtype.kind == "f" else float(np.iinfo(reader.dtype).max)
+        probability = np.stack([page / np.float32(scale) for page in reader])
+    if probability.shape != labels.shape:
+        raise ScoreError(f"{chosen.probability} is {probability.shape} but {chosen.labels} is {labels.shape}")
+    part = _pages(chosen.pages, len(labels))
+    scores = score_stack(probability[part], labels[part], jobs=chosen.jobs)
+    say(json.dumps(scores.as_dict()) if chosen.json else f"{len(labels[part])} slices: {scores}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

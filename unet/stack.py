@@ -1,0 +1,208 @@
+"""Image stacks in and out: TIFF, BigTIFF, ImageJ and OME-TIFF, page by page.
+
+What a file declares (size, number of pages, bit depth, where its pixels lie) is checked before any of it is decoded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from unet.stack_format import DAMAGE, Limits, StackError, check_page, damaged, declared_pages, open_tiff
+from unet.stack_metadata import StackMetadata, read_metadata
+from unet.stack_writer import StackWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "IMAGE_LIMITS",
+    "PROBABILITY_LIMITS",
+    "Limits",
+    "StackError",
+    "StackMetadata",
+    "StackReader",
+    "StackWriter",
+    "load_pair",
+    "read_images",
+    "read_labels",
+]
+
+AnyArray = npt.NDArray[Any]
+
+# Its warnings about damaged files say in several lines what the checks here say in one sentence.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+IMAGE_LIMITS = Limits()
+PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"))
+
+
+class StackReader:
+    """An open stack of equal grey slices; a context manager and a sequence of arrays [height, width].
+
+    Attributes:
+        path: the file.
+        pages: number of slices.
+        height: rows of each.
+        width: columns of each.
+        dtype: of the pixels, in the machine's own byte order.
+        metadata: what a file written beside this one keeps.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limits: Limits = IMAGE_LIMITS) -> None:
+        """Open and check a stack.
+
+        Raises:
+            StackError: if the file is missing, is no TIFF, is truncated, or declares something unfit.
+        """
+        self.path = Path(path)
+        self._file = open_tiff(self.path)
+        try:
+            self._check(limits)
+        except StackError:
+            self.close()
+            raise
+        except DAMAGE as error:
+            self.close()
+            raise damaged(self.path) from error
+
+    def _check(self, limits: Limits) -> None:
+        first = self._file.pages.first
+        check_page(self.path, 0, first, limits)
+        self.height, self.width = int(first.imagelength), int(first.imagewidth)
+        self.dtype: np.dtype[Any] = np.dtype(first.dtype).newbyteorder("=")
+        # Brightness grows with the value except in this format, where ImageJ's "inverting LUT" is the usual source.
+        self._inverted = self.dtype.kind == "u" and getattr(first.photometric, "name", "") == "MINISWHITE"
+        self.pages, alone = declared_pages(self._file, self.path, limits)
+        self._offset: int | None = int(first.dataoffsets[0]) if alone else None
+        size = self.path.stat().st_size
+        if self._offset is not None:
+            if first.compression != 1 or self._offset + self.pages * self._page_bytes > size:
+                raise damaged(self.path)
+        else:
+            for index in range(self.pages):
+                self._check_against_first(index, first, limits, size)
+        self.metadata = read_metadata(self._file, self.pages)
+
+    def _check_against_first(self, index: int, first: Any, limits: Limits, size: int) -> None:
+        page = self._file.pages[index]
+        check_page(self.path, index, page, limits)
+        if (page.imagelength, page.imagewidth, page.dtype) != (first.imagelength, first.imagewidth, first.dtype):
+            raise StackError(
+                f"{self.path} is not a stack of equal slices: page 0 is {self.height} x {self.width} {self.dtype}, "
+                f"page {index} is {page.imagelength} x {page.imagewidth} {page.dtype}: save slices of one size together"
+            )
+        ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts)]
+        least = self._page_bytes if page.compression == 1 else 1
+        if not ends or max(ends) > size or sum(page.databytecounts) < least:
+            raise damaged(self.path)
+
+    @property
+    def _page_bytes(self) -> int:
+        return self.height * self.width * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.pages
+
+    def __getitem__(self, index: int) -> AnyArray:
+        """Slice ``index``, [height, width], counted from 0.
+
+        Raises:
+            IndexError: if there is no such slice.
+            StackError: if its pixels cannot be decoded, or hold a value that is not a finite number.
+        """
+        if not 0 <= index < self.pages:
+            raise IndexError(f"{self.path} has {self.pages} pages; there is no page {index}")
+        try:
+            page = np.ascontiguousarray(self._decode(index), dtype=self.dtype)
+        except Exception as error:  # each codec fails in its own way
+            raise StackError(f"page {index} of {self.path} is damaged ({error}): copy or download it again") from error
+        if page.shape != (self.height, self.width):
+            raise damaged(self.path)
+        if page.dtype.kind == "f" and not np.isfinite(page).all():
+            raise StackError(f"page {index} of {self.path} has values that are no finite numbers: write it again")
+        return np.iinfo(page.dtype).max - page if self._inverted else page
+
+    def _decode(self, index: int) -> AnyArray:
+        if self._offset is None:
+            decoded: AnyArray = self._file.pages[index].asarray()
+            return decoded
+        stored = self.dtype.newbyteorder(self._file.byteorder)
+        offset = self._offset + index * self._page_bytes
+        return np.fromfile(self.path, stored, self.height * self.width, offset=offset).reshape(self.height, self.width)
+
+    def __iter__(self) -> Iterator[AnyArray]:
+        return (self[index] for index in range(self.pages))
+
+    def __enter__(self) -> StackReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_images(path: str | os.PathLike[str]) -> AnyArray:
+    """A whole stack of intensities, uint8 or uint16 [N, H, W].
+
+    Raises:
+        StackError: if the file cannot be read.
+    """
+    with StackReader(path) as reader:
+        images = np.empty((reader.pages, reader.height, reader.width), reader.dtype)
+        for index, page in enumerate(reader):
+            images[index] = page
+    return images
+
+
+def read_labels(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    """A stack of labels, uint8 [N, H, W]: 0 membrane, 1 not.
+
+    The file may have 0 and any one other value; not every page, nor even the stack, needs to have both.
+
+    Raises:
+        StackError: if the file cannot be read, or has other values than 0 and one more.
+    """
+    values = {0}
+    with StackReader(path) as reader:
+        labels = np.empty((reader.pages, reader.height, reader.width), np.uint8)
+        for index, page in enumerate(reader):
+            values.update(int(value) for value in np.unique(page))
+            if len(values) > 2:
+                others = ", ".join(str(value) for value in sorted(values)[1:5])
+                more = " ..." if len(values) > 5 else ""
+                raise StackError(
+                    f"{path} has the values {others}{more} beside 0 by page {index}: "
+                    "labels have two values, 0 for membrane and another for not"
+                )
+            labels[index] = page != 0
+    return labels
+
+
+def load_pair(
+    images_path: str | os.PathLike[str], labels_path: str | os.PathLike[str]
+) -> tuple[AnyArray, npt.NDArray[np.uint8]]:
+    """A stack and its labels, each [N, H, W].
+
+    Raises:
+        StackError: if either cannot be read, or they do not fit each other.
+    """
+    with StackReader(images_path) as images, StackReader(labels_path) as labels:
+        if len(images) != len(labels):
+            raise StackError(
+                f"{images_path} has {len(images)} slices but {labels_path} has {len(labels)}: each slice needs a label"
+            )
+        if (images.height, images.width) != (labels.height, labels.width):
+            raise StackError(
+                f"{images_path} has slices of {images.height} x {images.width} but {labels_path} of "
+                f"{labels.height} x {labels.width}: they must be of one size"
+            )
+    return read_images(images_path), read_labels(labels_path)
