@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.install_horovod import build_environment
+
+
+def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, project_root: Path) -> None:
+    """Four steps with everything that is random switched on."""
+    python = [sys.executable, str(project_root / "train" / "main.py")]
+    launcher = [str(Path(sys.executable).parent / "horovodrun"), "-np", str(ranks), "--gloo"] if ranks > 1 else []
+    flags = {
+        "exec_mode": "train",
+        "data_dir": phantom_dir,
+        "model_dir": result,
+        "batch_size": batch_size,
+        "max_steps": 4,
+        "base_filters": 2,
+        "tile_size": 204,
+        "optimizer": "momentum",
+        "momentum": 0.9,
+    }
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    done = subprocess.run(
+        [*launcher, *python, *words, "--augment"], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{ranks} ranks x {batch_size} windows" in done.stdout
+    # Only the first rank speaks.
+    assert done.stdout.count("step 4 of 4") == 1
+
+
+def test_two_ranks_equal_one_process_with_the_same_global_batch(
+    phantom_dir: Path, tmp_path: Path, project_root: Path
+) -> None:
+    import tensorflow as tf
+
+    weights = []
+    for ranks in (1, 2):
+        result = tmp_path / f"{ranks}-ranks"
+        train_on(ranks, 2 // ranks, phantom_dir, result, project_root)
+        weights.append([v.numpy() for v in tf.saved_model.load(str(result / "saved_model")).model.variables])
+    start = tf.saved_model.load(str(tmp_path / "1-ranks" / "saved_model"))
+    assert len(start.model.variables) == len(weights[0]) == 46
+    for one, two in zip(*weights):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "key", "value"), [(True, "HOROVOD_GPU_OPERATIONS", "NCCL"), (False, "HOROVOD_WITHOUT_MPI", "1")]
+)
+def test_build_takes_nccl_only_with_a_gpu(gpu: bool, key: str, value: str) -> None:
+    assert build_environment(gpu=gpu)[key] == value
+    assert build_environment(gpu=not gpu).get(key) is None

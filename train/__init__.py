@@ -1,0 +1,1 @@
+"""Horovod TensorFlow trainer: slices and labels in, checkpoints and a SavedModel out."""

@@ -1,0 +1,259 @@
+"""The training loop: one function from a configuration to a trained model, the same on one rank and on many."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from train.augmentation import NO_AUGMENTATION, Augmentation
+from train.checkpoints import CheckpointError, Checkpoints
+from train.config import ConfigError, TrainConfig
+from train.dataset import Slice, Windows
+from train.evaluation import make_predictor
+from train.losses import segmentation_loss
+from train.network import build_unet
+from unet.errors import UnetError
+from unet.scores import dice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from train.cluster import Cluster
+    from train.log import RunLog
+
+
+class TrainingError(UnetError):
+    """A training run that cannot go on."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to: its model, its last step and whether a signal ended it early."""
+
+    model: tf.keras.Model
+    step: int
+    interrupted: bool
+
+
+def precision_of(config: TrainConfig) -> str:
+    """The Keras policy that ``--use_amp`` stands for on this machine.
+
+    Raises:
+        ConfigError: if float16 is asked for without a GPU.
+    """
+    if not config.use_amp:
+        return "float32"
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    if config.amp_dtype == "float16" and not on_gpu:
+        raise ConfigError("--amp_dtype float16 needs a GPU (on a CPU it takes minutes a step): use bfloat16 here")
+    if config.amp_dtype == "auto":
+        return "mixed_float16" if on_gpu else "mixed_bfloat16"
+    return f"mixed_{config.amp_dtype}"
+
+
+class Schedule(tf.keras.optimizers.schedules.LearningRateSchedule):
+    """The learning rate at a step: a linear rise, then constant, decaying by stairs, or half a cosine to zero."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        """The learning rate of the step after ``step`` finished ones."""
+        config = self.config
+        done = tf.cast(step, tf.float32)
+        rate = tf.constant(config.learning_rate)
+        if config.lr_schedule == "exponential":
+            rate *= config.decay_rate ** tf.floor(done / config.decay_steps)
+        elif config.lr_schedule == "cosine":
+            rate *= 0.5 * (1 + tf.cos(np.pi * tf.minimum(done / config.max_steps, 1.0)))
+        if config.lr_warmup_steps > 0:
+            rate *= tf.minimum((done + 1) / config.lr_warmup_steps, 1.0)
+        return rate
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings, for Keras."""
+        return {"config": dataclasses.asdict(self.config)}
+
+
+def make_optimizer(config: TrainConfig, precision: str) -> tf.keras.optimizers.Optimizer:
+    """The optimizer of the configuration, with loss scaling where the precision is float16."""
+    common = {"learning_rate": Schedule(config), "weight_decay": config.weight_decay or None}
+    if config.optimizer == "adam":
+        optimizer = tf.keras.optimizers.Adam(**common)
+    else:
+        optimizer = tf.keras.optimizers.SGD(momentum=config.momentum, **common)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    if precision == "mixed_float16":
+        fixed = {"dynamic": False, "initial_scale": config.loss_scale} if config.loss_scale else {}
+        optimizer = tf.keras.mixed_precision.LossScaleOptimizer(optimizer, **fixed)
+    return optimizer
+
+
+class Trainer:
+    """A model, its optimizer and the step that joins them, on one rank of a cluster."""
+
+    def __init__(self, config: TrainConfig, cluster: Cluster) -> None:
+        self.config = config
+        self.cluster = cluster
+        precision = precision_of(config)
+        if config.xla:
+            tf.config.optimizer.set_jit("autoclustering")
+        self._first_window = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self.model = build_unet(
+            config.base_filters,
+            config.dropout,
+            precision=precision,
+            seed=config.seed,
+            first_window=self._first_window,
+        )
+        self.optimizer = make_optimizer(config, precision)
+        self.optimizer.build(self.model.trainable_variables)
+        self.checkpoints = Checkpoints(config.model_dir, model=self.model, optimizer=self.optimizer)
+        self._step = tf.function(self._compute_step)
+
+    @property
+    def global_batch(self) -> int:
+        """Windows per step over all ranks."""
+        return self.config.batch_size * self.cluster.size
+
+    def step(self, number: int, batch: tuple[tf.Tensor, ...]) -> tf.Tensor:
+        """Run step ``number`` (from 0) on this rank's share of its global batch; its loss on this rank."""
+        self._first_window.assign(number * self.global_batch + self.cluster.rank * self.config.batch_size)
+        return self._step(*batch)
+
+    def _compute_step(self, images: tf.Tensor, labels: tf.Tensor, costs: tf.Tensor) -> tf.Tensor:
+        scales = isinstance(self.optimizer, tf.keras.mixed_precision.LossScaleOptimizer)
+        with tf.GradientTape() as plain_tape:
+            logits = self.model(images, training=True)
+            loss = segmentation_loss(logits, tf.cast(labels, tf.int32), costs, self.config.loss)
+            target = self.optimizer.get_scaled_loss(loss) if scales else loss
+        tape = self.cluster.average_gradients(plain_tape, fp16_compression=self.config.fp16_compression)
+        gradients = tape.gradient(target, self.model.trainable_variables)
+        if scales:
+            gradients = self.optimizer.get_unscaled_gradients(gradients)
+        self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables))
+        return loss
+
+    def synchronise(self) -> None:
+        """Give every rank the first rank's model and optimizer."""
+        self.cluster.broadcast(self.model.variables)
+        self.cluster.broadcast(self.optimizer.variables)
+
+
+@dataclass
+class _Interval:
+    """What happened since the last line of the log."""
+
+    loss: float = 0.0
+    steps: int = 0
+    waited_s: float = 0.0
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def report(self, global_batch: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.started
+        return {
+            "loss": self.loss / self.steps,
+            "img_per_s": self.steps * global_batch / elapsed,
+            "input_share": self.waited_s / elapsed,
+        }
+
+
+class _StopRequest:
+    """Remembers a SIGTERM until the step boundary."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _StopRequest:
+        self._former = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._former)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def train(
+    config: TrainConfig, cluster: Cluster, log: RunLog, slices: Sequence[Slice], held_out: Sequence[Slice]
+) -> TrainResult:
+    """Train until ``max_steps``, or until a SIGTERM, which saves at the step boundary on all ranks.
+
+    Raises:
+        TrainingError: if the loss is not finite; the last checkpoint stays as it was.
+        CheckpointError: if ``resume`` finds no usable checkpoint.
+    """
+    trainer = Trainer(config, cluster)
+    first = trainer.checkpoints.restore() if config.resume else 0
+    if not config.resume and cluster.is_first and trainer.checkpoints.exist():
+        raise CheckpointError(
+            f"{trainer.checkpoints.folder} holds the checkpoints of another run: add --resume to go on from them, "
+            "or choose another --model_dir"
+        )
+    trainer.synchronise()
+    windows = Windows(slices, config.tile_size, Augmentation() if config.augment else NO_AUGMENTATION, config.seed)
+    offset = first * trainer.global_batch + cluster.rank * config.batch_size
+    batches = iter(windows.batches(offset, config.batch_size, trainer.global_batch))
+    predict = make_predictor(trainer.model)
+    interval = _Interval()
+    step = first
+    with (
+        _StopRequest() as stop,
+        tqdm(total=config.max_steps, initial=first, unit="step", disable=None if cluster.is_first else True) as bar,
+    ):
+        while step < config.max_steps:
+            loss, others_stop = _one_step(trainer, windows, batches, step, interval, stopping=stop.asked)
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            last = step == config.max_steps or others_stop
+            if cluster.is_first and (step % config.log_every == 0 or last):
+                figures = interval.report(trainer.global_batch)
+                text = "step {} of {}: loss {loss:.4f}, {img_per_s:.2f} img/s, {input_share:.1%} waiting for input"
+                log.event(step, text.format(step, config.max_steps, **figures), **figures)
+                interval = _Interval()
+            if cluster.is_first and config.evaluate_every and held_out and (step % config.evaluate_every == 0 or last):
+                score = float(np.mean([dice(predict(item.image), item.label) for item in held_out]))
+                log.event(step, f"step {step}: held-out Dice {score:.4f}", dice=score)
+            if cluster.is_first and (step % config.checkpoint_every == 0 or last):
+                trainer.checkpoints.save(step)
+            if others_stop:
+                break
+    return TrainResult(trainer.model, step, interrupted=step < config.max_steps)
+
+
+def _one_step(
+    trainer: Trainer,
+    windows: Windows,
+    batches: Iterator[tuple[tf.Tensor, ...]],
+    step: int,
+    interval: _Interval,
+    *,
+    stopping: bool,
+) -> tuple[float, bool]:
+    """Run a step; the loss averaged over ranks, and whether any rank was asked to stop."""
+    started = time.perf_counter()
+    batch = next(batches)
+    interval.waited_s += time.perf_counter() - started
+    loss = trainer.step(step, batch)
+    shared = trainer.cluster.sum(tf.stack([loss, tf.cast(stopping, tf.float32)]), name="step_outcome").numpy()
+    mean_loss = float(shared[0]) / trainer.cluster.size
+    if not np.isfinite(mean_loss):
+        first = step * trainer.global_batch
+        names = sorted({windows.slices[windows.slice_index(first + i)].name for i in range(trainer.global_batch)})
+        raise TrainingError(
+            f"the loss of step {step + 1} is {mean_loss} on {', '.join(names)}: lower --learning_rate or look at these "
+            "slices; the last checkpoint is kept"
+        )
+    interval.loss += mean_loss
+    interval.steps += 1
+    return mean_loss, bool(shared[1])

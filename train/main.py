@@ -1,0 +1,27 @@
+"""Train the U-Net, predict and evaluate with it: ``python train/main.py --help``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from train.config import parse_config
+from unet.errors import command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the trainer's modes; 0 on success, also after a SIGTERM that was followed by a checkpoint."""
+    config = parse_config(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from train.modes import run
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What the trainer's modes do, put together from the parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from tqdm import tqdm
+
+from train.checkpoints import Checkpoints
+from train.cluster import Cluster, join_cluster
+from train.config import ConfigError, TrainConfig
+from train.dataset import TEST_IMAGES, Slice, find_pairs, fold_of, load_slices
+from train.evaluation import average_over_symmetries, make_predictor
+from train.log import RunLog
+from train.loop import precision_of, train
+from train.losses import border_weights
+from train.network import build_unet
+from train.saved_model import write_saved_model
+from unet import __version__
+from unet.files import write_json
+from unet.intensity import to_uint8, window_of
+from unet.scores import score_stack
+from unet.stack import StackReader, StackWriter
+
+if TYPE_CHECKING:
+    from train.evaluation import Predictor
+
+
+def run(config: TrainConfig) -> int:
+    """Run the mode that the configuration names; returns the exit code."""
+    cluster = join_cluster()
+    log = RunLog(config.model_dir, active=cluster.is_first)
+    if config.exec_mode in ("train", "train_and_predict", "train_and_evaluate"):
+        interrupted = _train(config, cluster, log)
+        if interrupted:
+            return 0
+    if not cluster.is_first:
+        return 0
+    if config.exec_mode in ("predict", "train_and_predict"):
+        _predict(config, log)
+    if config.exec_mode in ("evaluate", "train_and_evaluate"):
+        _evaluate(config, log)
+    return 0
+
+
+def _train(config: TrainConfig, cluster: Cluster, log: RunLog) -> bool:
+    training, held_out = _split(config)
+    if cluster.is_first:
+        write_json(
+            Path(config.model_dir) / "config.json",
+            {
+                "settings": dataclasses.asdict(config),
+                "repeat": config.repeat_command,
+                "held_out": _held_out_pages(config),
+                "ranks": cluster.size,
+                "precision": precision_of(config),
+                "versions": {"unet": __version__, "tensorflow": version("tensorflow"), "numpy": version("numpy")},
+            },
+        )
+    log.event(
+        "PARAMETER",
+        f"training on {len(training)} slices, {len(held_out)} held out, {cluster.size} ranks x {config.batch_size} "
+        f"windows of {config.tile_size}, {config.base_filters} filters, {precision_of(config)}",
+        **dataclasses.asdict(config),
+    )
+    costs = [_with_cost(config, item) for item in training]
+    result = train(config, cluster, log, costs, held_out)
+    if cluster.is_first and not result.interrupted:
+        write_saved_model(result.model, Path(config.model_dir) / "saved_model")
+        log.event(
+            "SUMMARY", f"trained {result.step} steps: {Path(config.model_dir) / 'saved_model'}", steps=result.step
+        )
+    elif result.interrupted:
+        log.event(result.step, f"stopped after step {result.step}, which is saved: go on with --resume")
+    return result.interrupted
+
+
+def _split(config: TrainConfig) -> tuple[list[Slice], list[Slice]]:
+    """The slices to train on and those held out, by the fold of each stack."""
+    training: list[Slice] = []
+    held_out: list[Slice] = []
+    for pair in find_pairs(config.data_dir):
+        slices = [
+            Slice(name, image, label, np.ones(label.shape, np.float32)) for name, image, label in load_slices([pair])
+        ]
+        fold = fold_of(len(slices), config.crossvalidation_idx) if config.crossvalidation_idx >= 0 else range(0)
+        for index, item in enumerate(slices):
+            (held_out if index in fold else training).append(item)
+    if not training:
+        raise ConfigError(f"no slice of {config.data_dir} is left to train on: --crossvalidation_idx needs more slices")
+    return training, held_out
+
+
+def _held_out_pages(config: TrainConfig) -> dict[str, list[int]]:
+    """The pages of each stack that training does not see."""
+    if config.crossvalidation_idx < 0:
+        return {}
+    pages = {}
+    for images, _ in find_pairs(config.data_dir):
+        with StackReader(images) as reader:
+            pages[images.name] = list(fold_of(len(reader), config.crossvalidation_idx))
+    return pages
+
+
+def _with_cost(config: TrainConfig, item: Slice) -> Slice:
+    cost = np.where(item.label == 0, config.membrane_weight, 1).astype(np.float32)
+    if config.border_weight > 0:
+        cost += border_weights(item.label, config.border_weight)
+    return dataclasses.replace(item, cost=cost)
+
+
+def _trained_predictor(config: TrainConfig) -> Predictor:
+    model = build_unet(config.base_filters, precision=precision_of(config))
+    Checkpoints(config.model_dir, model=model).restore(partial=True)
+    predict = make_predictor(model)
+    return average_over_symmetries(predict) if config.tta else predict
+
+
+def _predict(config: TrainConfig, log: RunLog) -> None:
+    """Segment `test-volume.tif` of the data folder into ``model_dir/eval``."""
+    predict = _trained_predictor(config)
+    source = Path(config.data_dir) / TEST_IMAGES
+    target = Path(config.model_dir) / "eval" / "test-probability.tif"
+    with StackReader(source) as reader:
+        window = None if reader.dtype == np.uint8 else window_of(reader)
+        with StackWriter(target, reader, np.dtype(np.float32)) as writer:
+            for page in tqdm(reader, total=len(reader), unit="slice", disable=None):
+                writer.append(predict(to_uint8(page, window)))
+    log.event("SUMMARY", f"probabilities of {source}: {target}", predicted=str(target))
+
+
+def _evaluate(config: TrainConfig, log: RunLog) -> None:
+    """Score the held-out slices of the fold, or all slices where none is held out."""
+    training, held_out = _split(config)
+    predict = _trained_predictor(config)
+    chosen = held_out or training
+    by_shape: dict[tuple[int, ...], list[Slice]] = {}
+    for item in chosen:
+        by_shape.setdefault(item.label.shape, []).append(item)
+    for shape, items in by_shape.items():
+        probability: npt.NDArray[np.float32] = np.stack([predict(item.image) for item in items])
+        scores = score_stack(probability, np.stack([item.label for item in items]))
+        kind = "held-out" if held_out else "training"
+        log.event(
+            "SUMMARY",
+            f"{len(items)} {kind} slices of {shape[0]} x {shape[1]}: Dice {scores.dice:.4f}, "
+            f"V_rand thin {scores.best_v_rand:.4f}, V_info thin {scores.best_v_info:.4f}, "
+            f"pixel error {scores.pixel_error:.4f}",
+            **scores.as_dict(),
+        )
+        write_json(Path(config.model_dir) / "eval" / f"scores-{shape[0]}x{shape[1]}.json", scores.as_dict())
+    tf.keras.backend.clear_session()
