@@ -1,0 +1,115 @@
+"""The engine for this machine's CPU: among those that agree with the network, the one measured to be fastest."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from export.parity import BFLOAT, HALF, SAME_TYPE, Comparison, ParityError, Tolerance, compare
+from unet.card import Engine
+from unet.cpu_engine import CpuEngine, EngineChoice, EngineError, supported_choices
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from export.tiles import Tiles
+
+# Each engine has at least 3 turns, then turns go on up to these.
+ROUNDS, SECONDS = 9, 12.0
+SAVED_MODEL_NAME, SINGLE_NAME, HALF_NAME = "SavedModel", "ONNX", "FP16 ONNX"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine to consider: the file that it loads, that file's name among the outputs, and what it may change."""
+
+    choice: EngineChoice
+    path: Path
+    parent: str
+    tolerance: Tolerance
+
+
+def candidate(choice: EngineChoice, single: Path, half: Path) -> Candidate:
+    """The file that suits an engine, and how far its output may be from the SavedModel's.
+
+    OpenVINO converts float16 weights while loading, so it takes the smaller file; ONNX Runtime would put casts
+    around every operator of a float16 graph on a CPU, so it takes the float32 one.
+    """
+    if choice.kind == "onnxruntime":
+        return Candidate(choice, single, SINGLE_NAME, SAME_TYPE)
+    return Candidate(choice, half, HALF_NAME, BFLOAT if choice.precision == "bf16" else HALF)
+
+
+def choose_engine(
+    single: Path,
+    half: Path,
+    tiles: Tiles,
+    expected: Mapping[str, Sequence[NDArray[Any]]],
+    choices: Sequence[EngineChoice] | None = None,
+) -> tuple[Engine, list[Comparison], dict[str, float]]:
+    """Load, prove and time every engine that this CPU supports.
+
+    Args:
+        single: the float32 ONNX file.
+        half: the float16 one, in the same folder.
+        tiles: what to run on.
+        expected: probability by what gave it: of the SavedModel and of both files.
+        choices: engines to consider; None for all that this CPU supports.
+
+    Returns:
+        The fastest that agrees, all comparisons, and tiles of the first size per second by engine.
+
+    Raises:
+        ParityError: none agrees; with the figure of the last.
+    """
+    engines: dict[EngineChoice, CpuEngine] = {}
+    comparisons: list[Comparison] = []
+    fault = "there was none to try"
+    candidates = {c: candidate(c, single, half) for c in (supported_choices() if choices is None else choices)}
+    for choice, entry in candidates.items():
+        try:
+            engine = CpuEngine(entry.path, choice)
+            found = [engine.infer(batch) for batch in tiles.batches]
+            for name in (SAVED_MODEL_NAME, entry.parent):
+                comparisons.append(compare(str(choice), name, found, expected[name], entry.tolerance))
+                comparisons[-1].check()
+        except (EngineError, ParityError) as error:
+            log.warning("%s is not used: %s", choice, error)
+            fault = str(error)
+            continue
+        engines[choice] = engine
+    if not engines:
+        raise ParityError(f"no engine for this CPU agrees with the network; the last: {fault}")
+    rates = measure(engines, tiles)
+    best = max(rates, key=lambda choice: rates[choice])
+    chosen = Engine(best.kind, best.precision, candidates[best].path.name, round(rates[best], 3))
+    return chosen, comparisons, {str(choice): round(rate, 3) for choice, rate in rates.items()}
+
+
+def measure(engines: Mapping[EngineChoice, CpuEngine], tiles: Tiles) -> dict[EngineChoice, float]:
+    """Tiles of the first size per second, one at a time: the median of rounds in which each engine has its turn.
+
+    Turns make them share whatever else the machine does meanwhile.
+    """
+    tile = tiles.batches[0][:1]
+    times: dict[EngineChoice, list[float]] = {choice: [] for choice in engines}
+    for engine in engines.values():
+        engine.infer(tile)
+    started = time.perf_counter()
+    for number in range(ROUNDS):
+        if number >= 3 and time.perf_counter() - started > SECONDS:
+            break
+        for choice, engine in engines.items():
+            begun = time.perf_counter()
+            engine.infer(tile)
+            times[choice].append(time.perf_counter() - begun)
+    return {choice: 1 / statistics.median(values) for choice, values in times.items()}

@@ -1,0 +1,87 @@
+"""Turn a training run into proven artefacts: ``python export/main.py --help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unet.errors import UnetError, command, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class TargetError(UnetError):
+    """A target whose last step cannot be done here."""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="export/main.py",
+        description="Export a trained model to ONNX, float16 ONNX and an engine; each step is proven on slices.",
+    )
+    parser.add_argument("--model_dir", type=Path, required=True, help="folder that train/main.py wrote")
+    parser.add_argument("--out", type=Path, default=Path("artefacts"), help="folder to write (default: artefacts)")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        help="folder with the *-volume.tif to measure on (default: $DATA_DIR or data where it has one, "
+        "else a synthetic stack)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=("cpu", "v100"),
+        default="cpu",
+        help="cpu: choose the fastest engine here; v100: leave the command that builds a TensorRT plan there",
+    )
+    parser.add_argument(
+        "--tile_sizes",
+        type=int,
+        nargs="+",
+        default=[572, 700],
+        metavar="SIZE",
+        help="input sizes to serve, 188 + 16k each (default: 572 700)",
+    )
+    return parser.parse_args(argv)
+
+
+def data_folder(named: Path | None) -> Path | None:
+    """The folder to measure on; None where none was named and the default has no stack."""
+    if named is not None:
+        return named
+    default = Path(os.environ.get("DATA_DIR", "data"))
+    return default if any(default.glob("*-volume.tif")) else None
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export from the command line."""
+    args = parse_arguments(argv)
+    from export.pipeline import ExportConfig, export_model
+    from export.trtexec import SCRIPT
+
+    config = ExportConfig(
+        model_dir=args.model_dir,
+        out=args.out,
+        data_dir=data_folder(args.data_dir),
+        target=args.target,
+        tile_sizes=tuple(args.tile_sizes),
+    )
+    card = export_model(config, say)
+    for artefact in card.artefacts.values():
+        say(f"{artefact.sha256[:12]}  {card.folder / artefact.file}")
+    say(f"{'':12}  {card.folder / 'card.md'}")
+    if args.target == "v100":
+        raise TargetError(
+            f"the ONNX files are proven and in {args.out}, but this version builds no TensorRT plan: "
+            f"on the machine with the V100 and TensorRT 10.4 run sh {args.out / SCRIPT}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

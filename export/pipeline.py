@@ -1,0 +1,216 @@
+"""SavedModel -> ONNX -> float16 ONNX -> engine: each step proven against those before it, and entered on the card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export import trtexec
+from export.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine
+from export.graph import INPUT, LOGITS, base_filters, with_logits, write_model
+from export.half_precision import to_half
+from export.parity import HALF, SAME_TYPE, Comparison, compare
+from export.parity import LOGITS as LOGITS_TOLERANCE
+from export.provenance import card_page, machine, shell, tensorflow_package, versions
+from export.reference import Reference, parameter_count
+from export.tiles import Tiles, gather_tiles
+from export.to_onnx import convert
+from unet.card import CARD_FILE, Card
+from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.errors import UnetError
+from unet.files import atomic_directory, atomic_file
+from unet.geometry import output_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
+
+TARGETS = ("cpu", "v100")
+SAVED_MODEL, SINGLE, HALF_FILE, PAGE = "saved_model", "model.onnx", "model.fp16.onnx", "card.md"
+ORT = EngineChoice("onnxruntime", "f32")
+
+
+class ExportError(UnetError):
+    """An export that cannot be done as asked."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to export and how.
+
+    Attributes:
+        model_dir: folder of a training run, with ``saved_model``.
+        out: folder of artefacts to write; one that holds a card is replaced.
+        data_dir: folder with a ``*-volume.tif`` to measure on; None takes the synthetic stack.
+        target: "cpu" chooses an engine for this machine, "v100" leaves the command that builds a plan elsewhere.
+        tile_sizes: input sizes that will be served, 188 + 16k; the first is the one that speed is measured at.
+    """
+
+    model_dir: Path
+    out: Path
+    data_dir: Path | None = None
+    target: str = "cpu"
+    tile_sizes: tuple[int, ...] = (572, 700)
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ExportError(f"--target {self.target} is unknown; there are {', '.join(TARGETS)}")
+        if not self.tile_sizes or len(set(self.tile_sizes)) != len(self.tile_sizes):
+            raise ExportError("--tile_sizes needs at least one size, each once")
+        for size in self.tile_sizes:
+            output_size(size)
+        if not (self.model_dir / SAVED_MODEL).is_dir():
+            raise ExportError(
+                f"{self.model_dir} has no {SAVED_MODEL}: name the --model_dir of a training run that has ended"
+            )
+        if self.out.exists() and not (self.out.is_dir() and self._replaceable()):
+            raise ExportError(f"{self.out} holds something else than artefacts: name another folder with --out")
+        if self.out.resolve() in (self.model_dir.resolve(), *self.model_dir.resolve().parents):
+            raise ExportError(f"{self.out} holds --model_dir, and would be replaced: name another folder with --out")
+
+    def _replaceable(self) -> bool:
+        return (self.out / CARD_FILE).is_file() or not any(self.out.iterdir())
+
+
+class Exporter:
+    """One export into a folder that is not yet under its final name."""
+
+    def __init__(self, config: ExportConfig, folder: Path, report: Callable[[str], None]) -> None:
+        self.config = config
+        self.card = Card(folder)
+        self.folder = folder
+        self.report = report
+        self.expected: dict[str, list[NDArray[Any]]] = {}
+        self._started = time.monotonic()
+
+    def run(self) -> None:
+        """Every step, each of which raises where it is not its parent within the tolerance."""
+        run_config = _read_run_config(self.config.model_dir)
+        self.card.tile_sizes = self.config.tile_sizes
+        tiles = gather_tiles(self.config.data_dir, self.config.tile_sizes, run_config.get("held_out", {}))
+        self._say(f"measuring on {tiles.count} tiles: {tiles.source}")
+        saved_model = self._copy_saved_model(run_config)
+        reference = Reference(saved_model)
+        self.expected[SAVED_MODEL_NAME] = [reference.probability(batch) for batch in tiles.batches]
+        self._say(f"SavedModel: {parameter_count(saved_model):,} parameters")
+        model = self._to_onnx(saved_model, reference, tiles)
+        self.card.model = {
+            "base_filters": base_filters(model),
+            "parameters": parameter_count(saved_model),
+            "training": run_config.get("settings", {}),
+            "machine": machine(),
+            "parity_tiles": tiles.source,
+        }
+        self._to_half(model, tiles)
+        if self.config.target == "cpu":
+            self._choose_engine(tiles)
+        else:
+            trtexec.write_script(self.folder, HALF_FILE, self.config.tile_sizes)
+        self.card.save()
+        with atomic_file(self.folder / PAGE) as aside:
+            aside.write_text(card_page(self.card), encoding="utf-8")
+
+    def _copy_saved_model(self, run_config: dict[str, Any]) -> Path:
+        path = self.folder / SAVED_MODEL
+        shutil.copytree(self.config.model_dir / SAVED_MODEL, path)
+        repeat = str(run_config.get("repeat", shell("python", "train/main.py", "--model_dir", self.config.model_dir)))
+        made_with = run_config.get("versions", {})
+        self.card.record("saved_model", path, None, repeat, versions=made_with, held_out=run_config.get("held_out", {}))
+        return path
+
+    def _to_onnx(self, saved_model: Path, reference: Reference, tiles: Tiles) -> onnx.ModelProto:
+        path = self.folder / SINGLE
+        model = convert(saved_model)
+        write_model(model, path)
+        command = shell("python", "-m", "export.to_onnx", SAVED_MODEL, SINGLE)
+        used = versions(tensorflow_package(), "tf2onnx", "onnx", "numpy")
+        self.card.record("onnx", path, "saved_model", command, versions=used)
+        # One tile of each size: the logits are as many as the probabilities are not.
+        firsts = [batch[:1] for batch in tiles.batches]
+        found = _run_logits(model, firsts)
+        expected = [reference.logits(batch) for batch in firsts]
+        self._prove(compare(SINGLE_NAME, SAVED_MODEL_NAME, found, expected, LOGITS_TOLERANCE))
+        self._prove_file(SINGLE_NAME, path, tiles, SAME_TYPE)
+        return model
+
+    def _to_half(self, model: onnx.ModelProto, tiles: Tiles) -> None:
+        path = self.folder / HALF_FILE
+        write_model(to_half(model), path)
+        command = shell("python", "-m", "export.half_precision", SINGLE, HALF_FILE)
+        self.card.record("onnx_fp16", path, "onnx", command, versions=versions("onnx", "numpy"))
+        self._prove_file(HALF_NAME, path, tiles, HALF)
+
+    def _prove_file(self, name: str, path: Path, tiles: Tiles, tolerance: Any) -> None:
+        """Run a file as it lies on the disk and compare it with every step before it."""
+        engine = CpuEngine(path, ORT)
+        found = [engine.infer(batch) for batch in tiles.batches]
+        for against, values in self.expected.items():
+            self._prove(compare(name, against, found, values, tolerance))
+        self.expected[name] = found
+
+    def _choose_engine(self, tiles: Tiles) -> None:
+        engine, comparisons, rates = choose_engine(self.folder / SINGLE, self.folder / HALF_FILE, tiles, self.expected)
+        for comparison in comparisons:
+            self._note(comparison)
+        self.card.engine = engine
+        self.card.model["engines_img_per_s"] = rates
+        table = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+        self._say(f"engine: {engine.kind} {engine.precision} on {engine.file} (tiles per second: {table})")
+
+    def _prove(self, comparison: Comparison) -> None:
+        self._note(comparison)
+        comparison.check()
+
+    def _note(self, comparison: Comparison) -> None:
+        self.card.parity.append(comparison.as_dict())
+        self._say(str(comparison))
+
+    def _say(self, text: str) -> None:
+        self.report(f"[{time.monotonic() - self._started:5.1f} s] {text}")
+
+
+def export_model(config: ExportConfig, report: Callable[[str], None]) -> Card:
+    """Export a trained model; the artefacts appear together, when all of them are proven.
+
+    Args:
+        config: what to export.
+        report: takes each line of progress.
+
+    Returns:
+        The card of the artefacts in ``config.out``.
+
+    Raises:
+        ParityError: a step is not its parent within the tolerance; whatever was in ``config.out`` stays.
+        UnetError: one of the others that name what cannot be used.
+    """
+    with atomic_directory(config.out) as aside:
+        Exporter(config, aside, report).run()
+    return Card.load(config.out)
+
+
+def _run_logits(model: onnx.ModelProto, batches: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+    import onnxruntime
+
+    content = with_logits(model).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return [session.run([LOGITS], {INPUT: batch})[0] for batch in batches]
+
+
+def _read_run_config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{path} is not JSON ({error}): take it from the training run again") from error
+    if not isinstance(values, dict):
+        raise ExportError(f"{path} is not the configuration of a training run: take it from the run again")
+    return values

@@ -1,0 +1,88 @@
+"""With what and by which command an artefact was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unet import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from unet.card import Card
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of this project, Python and the named installed packages; those not installed are left out."""
+    found = {"unet-medical-triton": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def tensorflow_package() -> str:
+    """The name under which TensorFlow is installed here."""
+    return "tensorflow" if "tensorflow" in versions("tensorflow") else "tensorflow-cpu"
+
+
+def machine() -> dict[str, Any]:
+    """The processor that figures were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
+
+
+def shell(*words: str | os.PathLike[str]) -> str:
+    """A command line to paste into a shell."""
+    return shlex.join(str(word) for word in words)
+
+
+def card_page(card: Card) -> str:
+    """``card.json`` as a page to read, in Markdown."""
+    size = card.tile_sizes[0]
+    lines = [
+        "# U-Net artefacts",
+        "",
+        f"{card.model['parameters']:,} parameters, {card.model['base_filters']} filters at the first level; "
+        f"tiles of {', '.join(map(str, card.tile_sizes))}.",
+        "",
+    ]
+    if card.has_engine:
+        engine = card.engine
+        lines += [
+            f"Engine: {engine.kind} in {engine.precision} on `{engine.file}`, {engine.img_per_s:.2f} tiles of {size} x "
+            f"{size} per second, one at a time, on {card.model['machine']['cpu']} "
+            f"with {card.model['machine']['cores']} cores.",
+            "",
+        ]
+    lines += ["| artefact | SHA-256 | made from | command |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {entry.file} | `{entry.sha256[:12]}` | {entry.parent or ''} | `{entry.command}` |"
+        for entry in card.artefacts.values()
+    ]
+    lines += ["", f"Every step was run on {card.model['parity_tiles']}.", "", *_parity_table(card.parity), ""]
+    return "\n".join(lines)
+
+
+def _parity_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["| step | against | quantity | largest difference (accepted) | pixels flipped (accepted) | |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        lines.append(
+            f"| {row['step']} | {row['against']} | {row['quantity']} "
+            f"| {row['max_difference']:.1e} ({row['max_accepted']:.0e}) "
+            f"| {row['flipped_share']:.1e} ({row['flipped_accepted']:.0e}) "
+            f"| {'' if row['accepted'] else 'not used'} |"
+        )
+    return lines

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.engine_choice import choose_engine, measure
+from export.graph import write_model
+from export.parity import ParityError
+from export.reference import Reference
+from export.tiles import Tiles
+from unet.cpu_engine import CpuEngine, EngineChoice, supported_choices
+
+F32 = (EngineChoice("openvino", "f32"), EngineChoice("onnxruntime", "f32"))
+
+
+@pytest.fixture
+def files(single: Any, half: Any, tmp_path: Path) -> tuple[Path, Path]:
+    write_model(single, tmp_path / "model.onnx")
+    write_model(half, tmp_path / "model.fp16.onnx")
+    return tmp_path / "model.onnx", tmp_path / "model.fp16.onnx"
+
+
+@pytest.fixture
+def expected(files: tuple[Path, Path], reference: Reference, tiles: Tiles) -> dict[str, Any]:
+    outputs = {"SavedModel": [reference.probability(batch) for batch in tiles.batches]}
+    for name, path in zip(("ONNX", "FP16 ONNX"), files):
+        engine = CpuEngine(path, F32[1])
+        outputs[name] = [engine.infer(batch) for batch in tiles.batches]
+    return outputs
+
+
+def test_the_fastest_that_agrees_is_chosen(files: tuple[Path, Path], tiles: Tiles, expected: dict[str, Any]) -> None:
+    engine, comparisons, rates = choose_engine(*files, tiles, expected)
+    accepted = {c.step for c in comparisons if c.accepted} - {c.step for c in comparisons if not c.accepted}
+    assert {str(choice) for choice in F32} <= accepted == set(rates)
+    assert max(rates, key=lambda name: rates[name]) == f"{engine.kind} {engine.precision}"
+    assert engine.img_per_s == max(rates.values()) > 0
+    assert engine.file == ("model.onnx" if engine.kind == "onnxruntime" else "model.fp16.onnx")
+    assert {c.step for c in comparisons} == {str(choice) for choice in supported_choices()}
+    assert {c.against for c in comparisons if c.step == "onnxruntime f32"} == {"SavedModel", "ONNX"}
+    assert {c.against for c in comparisons if c.step == "openvino f32"} == {"SavedModel", "FP16 ONNX"}
+
+
+def test_an_engine_that_does_not_agree_is_left_out_however_fast(
+    files: tuple[Path, Path],
+    half: Any,
+    tiles: Tiles,
+    expected: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    change_constant: Any,
+) -> None:
+    wrong = copy.deepcopy(half)
+    change_constant(wrong, "up0_conv2/Conv.1", lambda w: w * np.float16(1.5))
+    write_model(wrong, files[1])
+    engine, comparisons, rates = choose_engine(*files, tiles, expected, F32)
+    assert (engine.kind, engine.file) == ("onnxruntime", "model.onnx")
+    assert list(rates) == ["onnxruntime f32"]
+    assert [c.accepted for c in comparisons if c.step == "openvino f32"] == [False]
+    assert "openvino f32 is not used" in caplog.text
+
+
+def test_where_none_agrees_the_figure_is_named(
+    files: tuple[Path, Path], half: Any, tiles: Tiles, expected: dict[str, Any], change_constant: Any
+) -> None:
+    wrong = copy.deepcopy(half)
+    change_constant(wrong, "up0_conv2/Conv.1", lambda w: w * np.float16(1.5))
+    write_model(wrong, files[1])
+    with pytest.raises(ParityError, match=r"no engine for this CPU agrees .* is the most accepted"):
+        choose_engine(*files, tiles, expected, F32[:1])
+
+
+def test_an_engine_that_cannot_load_is_left_out(files: tuple[Path, Path], tiles: Tiles, expected: Any) -> None:
+    files[1].write_bytes(b"garbage")
+    engine, _, rates = choose_engine(*files, tiles, expected, F32)
+    assert (engine.kind, list(rates)) == ("onnxruntime", ["onnxruntime f32"])
+
+
+def test_more_work_is_measured_to_be_slower(files: tuple[Path, Path], tiles: Tiles) -> None:
+    engines = {F32[1]: CpuEngine(files[0], F32[1], threads=1)}
+    small = measure(engines, tiles)[F32[1]]
+    large = measure(engines, Tiles("", (np.zeros((1, 1, 700, 700), np.uint8),)))[F32[1]]
+    assert small > 3 * large

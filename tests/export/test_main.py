@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.main import data_folder, main
+from export.provenance import machine, versions
+from export.trtexec import plan_command
+from unet.card import Card, CardError
+from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.files import sha256_of
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SIZES = ("--tile_sizes", "204", "220")
+
+
+def export(model_dir: Path, out: Path, *more: str | Path) -> int:
+    return main(["--model_dir", str(model_dir), "--out", str(out), *SIZES, *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def artefacts(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "artefacts"
+    assert export(model_dir, out, "--data_dir", data_dir) == 0
+    return out
+
+
+def test_artefacts_carry_their_history(artefacts: Path, model_dir: Path, data_dir: Path) -> None:
+    names = {path.name for path in artefacts.iterdir()}
+    assert names == {"saved_model", "model.onnx", "model.fp16.onnx", "card.json", "card.md"}
+    card = Card.load(artefacts)
+    card.verify_all()
+    assert [(name, entry.parent) for name, entry in card.artefacts.items()] == [
+        ("saved_model", None),
+        ("onnx", "saved_model"),
+        ("onnx_fp16", "onnx"),
+    ]
+    assert card.artefacts["saved_model"].sha256 == sha256_of(model_dir / "saved_model")
+    assert card.artefacts["saved_model"].command == "python train/main.py --config config.json"
+    assert card.artefacts["onnx"].versions["tf2onnx"]
+    assert card.tile_sizes == (204, 220)
+    assert card.model["base_filters"] == 2
+    assert card.model["parity_tiles"] == f"held-out pages 1, 3 of {data_dir / 'train-volume.tif'}"
+    steps = [(row["step"], row["against"], row["quantity"]) for row in card.parity]
+    assert steps[:4] == [
+        ("ONNX", "SavedModel", "logits"),
+        ("ONNX", "SavedModel", "probability"),
+        ("FP16 ONNX", "SavedModel", "probability"),
+        ("FP16 ONNX", "ONNX", "probability"),
+    ]
+    assert all(row["reason"] for row in card.parity)
+
+
+def test_the_chosen_engine_loads_and_segments(artefacts: Path) -> None:
+    card = Card.load(artefacts)
+    engine = CpuEngine(card.verify_engine(), EngineChoice(card.engine.kind, card.engine.precision))
+    output = engine.infer(np.zeros((2, 1, 220, 204), np.uint8))
+    assert output.shape == (2, 1, 36, 20)
+    assert card.engine.img_per_s > 0
+
+
+def test_the_page_names_files_figures_and_the_slices(artefacts: Path) -> None:
+    page = (artefacts / "card.md").read_text()
+    card = Card.load(artefacts)
+    for part in ("held-out pages 1, 3", card.engine.file, card.artefacts["onnx_fp16"].sha256[:12], "| FP16 ONNX |"):
+        assert part in page
+
+
+def test_a_recorded_command_makes_the_recorded_file(artefacts: Path, tmp_path: Path) -> None:
+    card = Card.load(artefacts)
+    command = card.artefacts["onnx_fp16"].command.split()
+    assert command[:3] == ["python", "-m", "export.half_precision"]
+    (tmp_path / "model.onnx").write_bytes((artefacts / "model.onnx").read_bytes())
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True)
+    assert sha256_of(tmp_path / "model.fp16.onnx") == card.artefacts["onnx_fp16"].sha256
+
+
+def test_v100_leaves_the_command_and_says_that_the_plan_is_not_built(
+    model_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "artefacts"
+    assert export(model_dir, out, "--data_dir", data_dir, "--target", "v100") == 2
+    assert f"this version builds no TensorRT plan: on the machine with the V100 and TensorRT 10.4 run sh {out}" in (
+        capsys.readouterr().err
+    )
+    card = Card.load(out)
+    card.verify_all()
+    with pytest.raises(CardError, match="names no engine for a CPU"):
+        _ = card.engine
+    # The script runs from anywhere: here a trtexec that only tells what it was asked for.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "trtexec").write_text('#!/bin/sh\npwd\necho "$@"\n')
+    (tools / "trtexec").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [str(out / "build_plan.sh")], env=environment, cwd="/", check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [
+        str(out),
+        plan_command("model.fp16.onnx", "model.plan", (204, 220)).split(maxsplit=1)[1],
+    ]
+
+
+def test_the_plan_has_one_profile_per_tile_size() -> None:
+    assert plan_command("m.onnx", "m.plan", (572, 700)) == (
+        "trtexec --onnx=m.onnx --saveEngine=m.plan --stronglyTyped --skipInference "
+        "--profile=0 --minShapes=image:1x1x572x572 --optShapes=image:8x1x572x572 --maxShapes=image:16x1x572x572 "
+        "--profile=1 --minShapes=image:1x1x700x700 --optShapes=image:8x1x700x700 --maxShapes=image:16x1x700x700"
+    )
+
+
+@pytest.mark.parametrize(
+    ("poison", "sentence"), [(np.nan, "NaN or infinite"), (3e6, "beyond float16's 65504")], ids=["nan", "too large"]
+)
+def test_a_refused_export_leaves_the_former_artefacts(
+    artefacts: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    poison: float,
+    sentence: str,
+    random_saved_model: Any,
+) -> None:
+    before = sha256_of(artefacts)
+    random_saved_model(tmp_path / "saved_model", poison=poison)
+    assert export(tmp_path, artefacts, "--data_dir", data_dir) == 2
+    assert sentence in capsys.readouterr().err
+    assert sha256_of(artefacts) == before
+    assert [path.name for path in artefacts.parent.iterdir()] == [artefacts.name]
+
+
+def test_folders_that_cannot_be_used_get_one_sentence(
+    model_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / "saved_model").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{")
+    for words, sentence in (
+        ((tmp_path, tmp_path / "new"), "has no saved_model"),
+        ((tmp_path / "run", tmp_path / "new"), "config.json is not JSON"),
+        ((model_dir, tmp_path), "holds something else than artefacts"),
+        ((model_dir, tmp_path / "file"), "holds something else than artefacts"),
+        ((model_dir, model_dir), "holds something else than artefacts"),
+        ((model_dir, tmp_path / "new", "--tile_sizes", "180"), "180"),
+        ((model_dir, tmp_path / "new", "--tile_sizes", "188", "188"), "each once"),
+        ((model_dir, tmp_path / "new", "--data_dir", tmp_path), "has no *-volume.tif"),
+    ):
+        assert export(*words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert sentence in error
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+
+
+def test_artefacts_around_the_model_folder_are_not_replaced(
+    artefacts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A folder of artefacts holds a saved_model itself, so it can be taken for a training run.
+    assert export(artefacts, artefacts) == 2
+    assert "holds --model_dir, and would be replaced" in capsys.readouterr().err
+    Card.load(artefacts).verify_all()
+
+
+def test_the_data_folder_is_the_named_one_else_the_environments(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_DIR", str(data_dir))
+    assert data_folder(None) == data_dir
+    assert data_folder(tmp_path) == tmp_path
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    assert data_folder(None) is None
+
+
+def test_help_is_quick_and_works_from_anywhere(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "export" / "main.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    elapsed_s = time.monotonic() - started
+    assert done.returncode == 0
+    assert "--model_dir" in done.stdout
+    assert elapsed_s < 1
+
+
+def test_provenance_tells_versions_and_machine() -> None:
+    found = versions("numpy", "no-such-package")
+    assert found["numpy"] == np.__version__
+    assert "no-such-package" not in found
+    assert machine()["cores"] >= 1
+    assert machine()["cpu"]

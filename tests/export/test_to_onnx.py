@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.graph import INPUT, LOGITS, constants, read_model, with_logits, write_model
+from export.parity import LOGITS as LOGITS_TOLERANCE
+from export.parity import SAME_TYPE, compare
+from export.reference import Reference, SavedModelError, load_signature, parameter_count
+from export.tiles import Tiles
+from export.to_onnx import convert
+from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.files import sha256_of
+
+
+def test_the_graph_is_the_network_and_nothing_else(single: Any) -> None:
+    ops: dict[str, int] = {}
+    for node in single.graph.node:
+        ops[node.op_type] = ops.get(node.op_type, 0) + 1
+    assert ops == {
+        "Cast": 2,
+        "Mul": 1,
+        "Sub": 1,
+        "Conv": 23,
+        "Relu": 18,
+        "MaxPool": 4,
+        "DepthToSpace": 4,
+        "Slice": 5,
+        "Concat": 4,
+        "Softmax": 1,
+    }
+    assert [opset.version for opset in single.opset_import] == [17]
+    names = [node.name for node in single.graph.node]
+    assert len(set(names)) == len(names)
+    assert b"PartitionedCall" not in single.SerializeToString()
+    assert {"down0_conv1/Conv", "up3_upconv/Conv", "up0_conv2/Relu", "logits/Conv"} <= set(names)
+
+
+def test_weights_are_stored_once(single: Any, model_dir: Path) -> None:
+    convolutions = {name for node in single.graph.node if node.op_type == "Conv" for name in node.input[1:]}
+    stored = sum(value.size for name, value in constants(single).items() if name in convolutions)
+    # The bias of an up-convolution is repeated for its four output pixels: (16 + 8 + 4 + 2) x 3 more numbers.
+    assert stored == parameter_count(model_dir / "saved_model") + 90
+
+
+def test_it_is_the_saved_model_at_every_size_and_batch(
+    single: Any, reference: Reference, tiles: Tiles, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    write_model(single, tmp_path / "model.onnx")
+    engine = CpuEngine(tmp_path / "model.onnx", EngineChoice("onnxruntime", "f32"))
+    batches = [*tiles.batches, tiles.batches[0][:1]]
+    found = [engine.infer(batch) for batch in batches]
+    compare("ONNX", "SavedModel", found, [reference.probability(batch) for batch in batches], SAME_TYPE).check()
+    # The test means something only where the probabilities are spread.
+    assert np.std(found[0].astype(np.float32)) > 0.1
+
+    session = onnxruntime.InferenceSession(with_logits(single).SerializeToString())
+    logits = [session.run([LOGITS], {INPUT: batch})[0] for batch in batches]
+    compare("ONNX", "SavedModel", logits, [reference.logits(batch) for batch in batches], LOGITS_TOLERANCE).check()
+
+
+def test_its_command_writes_the_same_bytes(single: Any, model_dir: Path, tmp_path: Path) -> None:
+    write_model(single, tmp_path / "here.onnx")
+    command = [sys.executable, "-m", "export.to_onnx", str(model_dir / "saved_model"), str(tmp_path / "there.onnx")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert sha256_of(tmp_path / "here.onnx") == sha256_of(tmp_path / "there.onnx")
+    assert read_model(tmp_path / "there.onnx") == single
+
+
+def test_what_is_no_saved_model_gets_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SavedModelError, match="is not a SavedModel"):
+        convert(tmp_path)
+    (tmp_path / "saved_model.pb").write_bytes(b"not protobuf")
+    with pytest.raises(SavedModelError, match="cannot be loaded as a SavedModel"):
+        convert(tmp_path)
+
+
+def test_a_saved_model_of_another_project_is_refused(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    module = tf.Module()
+    tf.saved_model.save(module, str(tmp_path))
+    with pytest.raises(SavedModelError, match=r"has no signature network \(it has"):
+        load_signature(tmp_path, "network")
