@@ -1,0 +1,106 @@
+"""Run the model repository on a real Triton: ``python serve/triton.py run|start|stop|status``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve.triton_process import TritonServer
+from serve.triton_settings import ServerSettings
+from serve.triton_state import load_state, stop_kept
+from unet.errors import command, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["ServerSettings", "TritonServer", "main", "run", "start", "status", "stop"]
+
+
+def run(settings: ServerSettings) -> int:
+    """Serve in the foreground until Ctrl-C, SIGTERM or ``stop``; 0 then, also if it came while starting."""
+    try:
+        with TritonServer(settings) as server:
+            say(f"ready: {_where(settings)}; Ctrl-C stops it")
+            server.wait()
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    say("stopped")
+    return 0
+
+
+def start(settings: ServerSettings) -> int:
+    """Serve in the background; returns once the server is ready."""
+    server = TritonServer(settings)
+    server.start()
+    server.detach()
+    say(f"ready: {_where(settings)}; `make stop` stops it")
+    return 0
+
+
+def stop(state_dir: Path) -> int:
+    """Stop what ``run`` or ``start`` started; 0 also if nothing runs."""
+    say("stopped" if stop_kept(state_dir) else "no server is running")
+    return 0
+
+
+def status(state_dir: Path) -> int:
+    """Say whether a server runs; 0 if it is ready, 1 if not."""
+    state = load_state(state_dir)
+    if state is None or not state.is_kept:
+        say("no server is running")
+        return 1
+    ready = state.is_ready
+    say(
+        f"{'ready' if ready else 'not ready'}: process {state.server_pid} serves {', '.join(state.models)}, "
+        f"gRPC {state.address}:{state.grpc_port}, HTTP {state.address}:{state.http_port}, log {state.log}"
+    )
+    return 0 if ready else 1
+
+
+def _where(settings: ServerSettings) -> str:
+    return f"gRPC {settings.grpc_url}, HTTP {settings.http_url}, log {settings.log}"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start, stop or ask after the server."""
+    parser = argparse.ArgumentParser(
+        prog="serve/triton.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "action",
+        choices=("run", "start", "stop", "status"),
+        help="run: in the foreground; start: in the background; status: exit code 0 if ready, 1 if not",
+    )
+    parser.add_argument("--model_repository", type=Path, default=Path("model_repository"), help="what is served")
+    parser.add_argument("--http_port", type=int, default=8000, help="port of HTTP and health")
+    parser.add_argument("--grpc_port", type=int, default=8001, help="port of gRPC")
+    parser.add_argument("--metrics_port", type=int, default=8002, help="port of the metrics")
+    parser.add_argument("--address", default="127.0.0.1", help="address to listen on; the default is this machine only")
+    parser.add_argument("--start_timeout_s", type=float, default=120.0, help="longest wait for readiness")
+    parser.add_argument("--stop_timeout_s", type=float, default=30.0, help="longest wait for an orderly end")
+    parser.add_argument("--log", type=Path, help="file for what the server says; by default in --state_dir")
+    parser.add_argument("--state_dir", type=Path, default=Path(".cache/triton"), help="where stop and status look")
+    chosen = parser.parse_args(argv)
+    if chosen.action == "status":
+        return status(chosen.state_dir)
+    if chosen.action == "stop":
+        return stop(chosen.state_dir)
+    settings = ServerSettings(
+        repository=chosen.model_repository,
+        log=chosen.log or chosen.state_dir / "triton.log",
+        state_dir=chosen.state_dir,
+        http_port=chosen.http_port,
+        grpc_port=chosen.grpc_port,
+        metrics_port=chosen.metrics_port,
+        address=chosen.address,
+        start_timeout_s=chosen.start_timeout_s,
+        stop_timeout_s=chosen.stop_timeout_s,
+    )
+    return run(settings) if chosen.action == "run" else start(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
