@@ -1,0 +1,80 @@
+# `make demo` and `make test` work from a bare clone; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+export DATA_DIR ?= data
+PROFILE ?= cpu
+
+HOROVOD := 0.28.1
+WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton/wheels
+
+# The newest Python that TensorFlow 2.15 supports; another can be named with PYTHON=.
+PYTHON ?= $(shell for p in python3.11 python3.10 python3.9 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null \
+	&& { command -v $$p; break; }; done)
+
+.PHONY: help
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+.PHONY: check-tools
+check-tools:
+	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.9, 3.10 or 3.11 with venv was found: install one (Debian: apt-get install python3 python3-venv) or name it with PYTHON=/path/to/python" >&2; exit 2; }
+	@for tool in g++ cmake; do command -v $$tool >/dev/null \
+	|| { echo "error: $$tool is missing; Horovod is compiled with it: install it (Debian: apt-get install $$tool)" >&2; exit 2; }; done
+
+.PHONY: install
+install: $(VENV)/.installed  ## create .venv with everything that this machine can run
+
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile | check-tools
+	@echo "installing into $(VENV) with $$($(PYTHON) --version)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[train,export,serve,dev]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m train.install_horovod --version $(HOROVOD) --wheels "$(WHEELS)"
+	@touch $@
+
+.PHONY: demo
+demo: install  ## train briefly, export, serve, segment, score and benchmark
+	@$(BIN)/python -m unet.demo --data_dir "$(DATA_DIR)"
+
+.PHONY: test
+test: install  ## the tests, under ten minutes on two cores
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+.PHONY: test-slow
+test-slow: install  ## the tests that take longer
+	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+.PHONY: test-gpu
+test-gpu: install  ## the tests that need an NVIDIA GPU
+	@$(BIN)/python -m pytest -m gpu
+
+.PHONY: lint
+lint: install  ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.PHONY: types
+types: install  ## mypy
+	@$(BIN)/mypy
+
+.PHONY: serve
+serve: install  ## the published model on Triton until Ctrl-C; with BACKGROUND=1 return once it is ready
+	@$(BIN)/python serve/triton.py $(if $(BACKGROUND),start,run)
+
+.PHONY: stop
+stop: install  ## stop what `make serve` started
+	@$(BIN)/python serve/triton.py stop
+
+.PHONY: constraints
+constraints: install  ## resolve constraints.txt anew, for every supported Python
+	@$(BIN)/python -m pip install -qq uv
+	@$(BIN)/uv pip compile -q --universal --python-version 3.9 --python $(BIN)/python --index-strategy unsafe-best-match \
+	--no-annotate --custom-compile-command "make constraints" --extra train --extra export --extra serve --extra dev \
+	pyproject.toml -o constraints.txt
+
+.PHONY: clean
+clean:  ## remove what was built, but not data/ nor results
+	@rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
