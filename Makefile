@@ -38,7 +38,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile | check-tools
 
 .PHONY: demo
 demo: install  ## train briefly, export, serve, segment, score and benchmark
-	@$(BIN)/python -m unet.demo --data_dir "$(DATA_DIR)"
+	@$(BIN)/python -m unet.demo --data_dir "$(DATA_DIR)" $(DEMO_FLAGS)
 
 .PHONY: test
 test: install  ## the tests, under ten minutes on two cores

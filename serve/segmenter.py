@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections import deque
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 INPUT, OUTPUT = "image", "probability"
 # Their numbers in Triton's protocol, inference.DataType.
 _UINT8, _FP16 = 2, 10
+_CANCEL_TIMEOUT_S = 5.0
 Send = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float16]]
 SHARED_MEMORY = ("auto", "on", "off")
 
@@ -93,7 +95,9 @@ class Segmenter:
         self._slots: list[Slot] = []
         self._free: queue.Queue[Slot] = queue.Queue()
         self._failure: Exception | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._under_way: dict[int, Any] = {}
+        self._requests = itertools.count()
         try:
             self._read_interface()
         except BaseException:
@@ -145,6 +149,8 @@ class Segmenter:
         shape = (self._batch_size, 1, tile_size, tile_size)
         if self._slots and self._slots[0].shape == shape:
             return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._under_way, 2 * self._timeout_s)
         self._drop_slots()
         self._slots = self._make_slots(self._in_flight, shape)
         for slot in self._slots:
@@ -225,7 +231,7 @@ class Segmenter:
         return work
 
     def _submit_tiles(self, work: _SliceInWork, tiles: tuple[Tile, ...]) -> None:
-        slot = self._take_slot()
+        slot, number = self._take_slot(), next(self._requests)
         for index, tile in enumerate(tiles):
             slot.images[index, 0] = work.plan.extract(work.image, tile)
 
@@ -237,7 +243,7 @@ class Segmenter:
                 outputs = slot.outputs(result, len(tiles))
                 for output, tile in zip(outputs, tiles):
                     work.plan.place(output[0], tile, work.probability)
-                with self._lock:
+                with self._changed:
                     work.missing -= len(tiles)
                     finished = work.missing == 0
                 if finished:
@@ -247,10 +253,14 @@ class Segmenter:
                 work.done.set()
             finally:
                 self._free.put(slot)
+                with self._changed:
+                    self._under_way.pop(number, None)
+                    self._changed.notify_all()
 
         inputs, outputs = slot.tensors(self._grpc, len(tiles))
+        self._under_way[number] = None
         try:
-            self._client.async_infer(
+            call = self._client.async_infer(
                 self.model_name,
                 inputs,
                 receive,
@@ -259,8 +269,11 @@ class Segmenter:
                 client_timeout=self._timeout_s,
             )
         except self._grpc.InferenceServerException as error:
-            self._free.put(slot)
+            self._under_way.pop(number)
             raise self._explain(error) from error
+        with self._changed:
+            if number in self._under_way:
+                self._under_way[number] = call
 
     def _take_slot(self) -> Slot:
         self._raise_failure()
@@ -287,19 +300,20 @@ class Segmenter:
             raise self._failure
 
     def _drop_slots(self) -> None:
-        """Wait for what is under way, then give the slots back."""
-        for _ in self._slots:
-            try:
-                self._free.get(timeout=self._timeout_s + 1)
-            except queue.Empty:
-                break
+        """Give up what is under way, which is nothing unless an error or Ctrl-C got here first, and the slots."""
+        with self._changed:
+            for call in self._under_way.values():
+                if call is not None:
+                    call.cancel()
+            self._changed.wait_for(lambda: not self._under_way, _CANCEL_TIMEOUT_S)
+            self._under_way.clear()
         for slot in self._slots:
             slot.close()
         self._slots = []
         self._free = queue.Queue()
 
     def close(self) -> None:
-        """Wait for what is under way, remove the shared memory and hang up."""
+        """Give up what is under way, remove the shared memory and hang up."""
         self._drop_slots()
         self._client.close()
 

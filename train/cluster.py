@@ -69,5 +69,7 @@ def _join_horovod() -> Cluster:
         raise ConfigError(
             f"this is one of several ranks but Horovod cannot be loaded ({error}): run `make install`, which builds it"
         ) from error
+    # Gloo's own 30 s are less than the first rank may take to write a checkpoint or to compile the network.
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "600")
     hvd.init()
     return Cluster(rank=hvd.rank(), size=hvd.size(), local_size=hvd.local_size(), horovod=hvd)

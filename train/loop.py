@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from train.cluster import Cluster
+    from train.evaluation import Predictor
     from train.log import RunLog
 
 
@@ -221,14 +222,21 @@ def train(
                 text = "step {} of {}: loss {loss:.4f}, {img_per_s:.2f} img/s, {input_share:.1%} waiting for input"
                 log.event(step, text.format(step, config.max_steps, **figures), **figures)
                 interval = _Interval()
-            if cluster.is_first and config.evaluate_every and held_out and (step % config.evaluate_every == 0 or last):
-                score = float(np.mean([dice(predict(item.image), item.label) for item in held_out]))
+            if config.evaluate_every and held_out and (step % config.evaluate_every == 0 or last):
+                score = _shared_dice(cluster, predict, held_out)
                 log.event(step, f"step {step}: held-out Dice {score:.4f}", dice=score)
             if cluster.is_first and (step % config.checkpoint_every == 0 or last):
                 trainer.checkpoints.save(step)
             if others_stop:
                 break
     return TrainResult(trainer.model, step, interrupted=step < config.max_steps)
+
+
+def _shared_dice(cluster: Cluster, predict: Predictor, held_out: Sequence[Slice]) -> float:
+    """The mean Dice of the held-out slices, which the ranks share out."""
+    mine = held_out[cluster.rank :: cluster.size]
+    total = sum(dice(predict(item.image), item.label) for item in mine)
+    return float(cluster.sum(tf.constant(total, tf.float32), name="held_out_dice")) / len(held_out)
 
 
 def _one_step(

@@ -1,0 +1,112 @@
+"""Every command of README.md, in its order, in one checkout: the main job from end to end on the real Triton."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+# What makes each command quick; the commands stay the README's own.
+QUICKER = {
+    "unet.phantom --out data": "unet.phantom --out data --slices 30 --size 96",
+    "--base_filters 16 --tile_size 444 --max_steps 2000": "--base_filters 4 --tile_size 236 --max_steps 30",
+    "serve/benchmark.py": "serve/benchmark.py --batch_sizes 1 --seconds 1 --requests 3",
+    "make demo": "make demo DEMO_FLAGS=--quick",
+}
+# It is what runs this test.
+LEFT_OUT = "make test"
+
+
+def readme_commands(text: str) -> list[str]:
+    """The commands of the README's shell blocks, continued lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def transcript(
+    checkout: Path, project_root: Path, user_environment: dict[str, str]
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What each command said."""
+    said = {}
+    try:
+        for command in readme_commands((project_root / "README.md").read_text(encoding="utf-8")):
+            if command == LEFT_OUT:
+                continue
+            line = command
+            for slow, quick in QUICKER.items():
+                line = line.replace(slow, quick)
+            done = subprocess.run(
+                ["bash", "-c", line], cwd=checkout, env=user_environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"$ {line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            said[command] = done
+    finally:
+        subprocess.run(["make", "stop"], cwd=checkout, env=user_environment, capture_output=True, check=False)
+    return said
+
+
+def output_of(transcript: dict[str, subprocess.CompletedProcess[str]], start: str) -> str:
+    return next(done.stdout for command, done in transcript.items() if command.startswith(start))
+
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_the_quick_settings_still_fit_the_readme(project_root: Path) -> None:
+    commands = "\n".join(readme_commands((project_root / "README.md").read_text(encoding="utf-8")))
+    for slow in (*QUICKER, LEFT_OUT):
+        assert re.sub(r"\s+", " ", slow) in re.sub(r"[ \t]+", " ", commands)
+
+
+def test_the_demo_says_where_everything_is(
+    transcript: dict[str, subprocess.CompletedProcess[str]], checkout: Path
+) -> None:
+    said = output_of(transcript, "make demo")
+    assert "does not exist: taking a synthetic stack instead" in said
+    for name in ("result/saved_model", "artefacts", "test-volume-overlay.png", "benchmark", "train.log"):
+        assert f"demo/{name}" in said
+        assert (checkout / "demo" / name).exists()
+    assert "V_rand thin" in said
+    assert "held-out Dice" in said
+    # The same batch size by our client, by perf_analyzer, and the reference's figures.
+    assert re.search(r"\| 1 \| \d+ \| [\d.]+ \|.*\| 62.81 \| 34.27 \|", said)
+    rows = json.loads((checkout / "demo" / "benchmark" / "benchmark.json").read_text(encoding="utf-8"))
+    assert [row["batch_size"] for row in rows["rows"]] == [1]
+
+
+def test_the_trainer_scores_the_fold(transcript: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    assert re.search(r"6 held-out slices of 96 x 96: Dice [\d.]+, V_rand thin", output_of(transcript, "horovodrun"))
+
+
+def test_the_served_probability_is_the_trained_networks(
+    transcript: dict[str, subprocess.CompletedProcess[str]], checkout: Path
+) -> None:
+    """Through ONNX, FP16, bf16, Triton, tiles and a file: what TensorFlow gives for the whole slice."""
+    import tensorflow as tf
+
+    assert "30 slices of 96 x 96" in output_of(transcript, "python serve/client.py data/test-volume.tif")
+    served = tifffile.imread(checkout / "data" / "test-volume-probability.tif")
+    images = tifffile.imread(checkout / "data" / "test-volume.tif")
+    assert served.shape == images.shape
+    assert served.dtype == np.float32
+    network = tf.saved_model.load(str(checkout / "result" / "saved_model")).signatures["serving_default"]
+    # 284 gives 100, the smallest valid output that covers 96.
+    padded = np.pad(images[:3], ((0, 0), (92, 96), (92, 96)), mode="reflect")[..., np.newaxis]
+    expected = network(image=tf.constant(padded))["probability"].numpy()[:, :96, :96, 0]
+    np.testing.assert_allclose(served[:3], expected, atol=0.03)
+    # A network that answers the same everywhere would agree with itself too.
+    assert served.std() > 0.01
+
+
+def test_the_service_is_gone_at_the_end(
+    transcript: dict[str, subprocess.CompletedProcess[str]], checkout: Path
+) -> None:
+    assert output_of(transcript, "make stop").strip() == "stopped"
+    status = ["python", "serve/triton.py", "status"]
+    assert subprocess.run(status, cwd=checkout, capture_output=True, check=False).returncode == 1
