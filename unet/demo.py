@@ -33,7 +33,7 @@ RECIPE = {
     "crossvalidation_idx": "4",
     "base_filters": "16",
     "tile_size": "444",
-    "max_steps": "2000",
+    "max_steps": "1600",
     "optimizer": "adam",
     "learning_rate": "0.001",
     "lr_schedule": "cosine",
@@ -41,7 +41,7 @@ RECIPE = {
     "weight_decay": "0",
     "dropout": "0.2",
     "membrane_weight": "2",
-    "evaluate_every": "500",
+    "evaluate_every": "400",
     "augment": "",
     "use_amp": "",
 }

@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from unet.errors import UnetError
 from unet.files import atomic_file
 
 MEMBRANE_COLOUR = (255, 64, 32)
+OPACITY = 0.75
 GAP_PX = 8
+MAX_SIDE_PX = 2048
+
+
+class OverlayError(UnetError):
+    """A slice and a probability that do not fit each other."""
 
 
 def membrane_overlay(
@@ -26,7 +33,7 @@ def membrane_overlay(
     """
     grey = np.repeat(image[..., np.newaxis], 3, axis=-1).astype(np.float32)
     sureness = np.where(probability <= threshold, 1 - probability.astype(np.float32), 0)[..., np.newaxis]
-    mixed = grey * (1 - 0.75 * sureness) + np.array(MEMBRANE_COLOUR, np.float32) * 0.75 * sureness
+    mixed = grey + (np.array(MEMBRANE_COLOUR, np.float32) - grey) * (OPACITY * sureness)
     return np.asarray(np.rint(mixed), np.uint8)
 
 
@@ -36,11 +43,31 @@ def overlay_png(
     probability: npt.NDArray[Any],
     threshold: float = 0.5,
 ) -> None:
-    """Write the slice and, beside it, the same slice with its membrane, as one PNG."""
+    """Write the slice and, beside it, the same slice with its membrane, as one PNG.
+
+    A slice of more than 2048 pixels is shown smaller, by a whole factor: means of its intensities, and the surest
+    membrane of its probabilities, so that thin membranes stay.
+
+    Raises:
+        OverlayError: if the probability is not of the slice's shape.
+    """
     from PIL import Image
 
+    if image.ndim != 2 or image.shape != probability.shape:
+        raise OverlayError(f"{path} cannot show a probability of {probability.shape} over a slice of {image.shape}")
+    factor = -(-max(image.shape) // MAX_SIDE_PX)
+    if factor > 1:
+        image = np.asarray(np.rint(_blocks(image, factor).mean(axis=(1, 3), dtype=np.float32)), np.uint8)
+        probability = _blocks(probability, factor).min(axis=(1, 3))
     raw = np.repeat(image[..., np.newaxis], 3, axis=-1)
     gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
     both = np.concatenate([raw, gap, membrane_overlay(image, probability, threshold)], axis=1)
     with atomic_file(path) as aside:
         Image.fromarray(both).save(aside, format="PNG")
+
+
+def _blocks(plane: npt.NDArray[Any], factor: int) -> npt.NDArray[Any]:
+    """A plane [H, W] as [H / factor, factor, W / factor, factor], its last rows and columns repeated to fill up."""
+    fill = [(0, -side % factor) for side in plane.shape]
+    filled = np.pad(plane, fill, mode="edge")
+    return filled.reshape(filled.shape[0] // factor, factor, filled.shape[1] // factor, factor)

@@ -14,7 +14,7 @@ import tifffile
 # What makes each command quick; the commands stay the README's own.
 QUICKER = {
     "unet.phantom --out data": "unet.phantom --out data --slices 30 --size 96",
-    "--base_filters 16 --tile_size 444 --max_steps 2000": "--base_filters 4 --tile_size 236 --max_steps 30",
+    "--base_filters 16 --tile_size 444 --max_steps 1600": "--base_filters 4 --tile_size 236 --max_steps 30",
     "serve/benchmark.py": "serve/benchmark.py --batch_sizes 1 --seconds 1 --requests 3",
     "make demo": "make demo DEMO_FLAGS=--quick",
 }
