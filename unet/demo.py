@@ -45,7 +45,14 @@ RECIPE = {
     "augment": "",
     "use_amp": "",
 }
-QUICK_FLAGS = {**RECIPE, "base_filters": "4", "tile_size": "236", "max_steps": "20", "evaluate_every": "10"}
+QUICK_FLAGS = {
+    **RECIPE,
+    "base_filters": "4",
+    "tile_size": "236",
+    "max_steps": "20",
+    "evaluate_every": "10",
+    "log_every": "10",
+}
 
 REAL_DATA = (
     "The real slices (ISBI 2012, free for non-commercial work) are in ISBI-2012-challenge.zip on ImageJ's download "

@@ -164,6 +164,9 @@ def test_dice_and_pixel_error_by_hand() -> None:
     assert dice(probability, labels) == pytest.approx(2 * 1 / (2 + 2))
     assert pixel_error(probability, labels) == 0.5
     assert dice(np.ones(4), np.ones(4)) == 1.0
+    # A value at the threshold is membrane: "not" is what is above it.
+    assert dice(np.array([0.5, 0.6]), np.array([0, 1])) == 1.0
+    assert pixel_error(np.array([0.5, 0.6]), np.array([0, 1])) == 0.0
 
 
 def test_the_best_is_taken_for_each_score_on_its_own() -> None:

@@ -36,6 +36,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "bare": {"metadata": None},
     "shaped": {"metadata": {"axes": "ZYX", "section_nm": 50}},
     "truncated": {"truncate": True},
+    "truncated bigendian": {"truncate": True, "byteorder": ">"},
     "bigtiff": {"bigtiff": True},
     "bigendian": {"byteorder": ">"},
     "deflate": {"compression": "zlib", "predictor": True},
@@ -91,6 +92,15 @@ def test_pages_of_every_flavour(flavoured: Path) -> None:
         with pytest.raises(IndexError, match="no page 5"):
             reader[5]
     assert np.array_equal(read_images(flavoured), STACK)
+
+
+@pytest.mark.parametrize("name", sorted(FLAVOURS))
+def test_two_byte_pages_of_every_flavour(name: str, tmp_path: Path) -> None:
+    deep = STACK.astype(np.uint16) * 256 + 7
+    path = write(tmp_path / "in.tif", deep, **FLAVOURS[name])
+    images = read_images(path)
+    assert images.dtype == np.dtype(np.uint16)
+    assert np.array_equal(images, deep)
 
 
 def test_a_copy_keeps_tags_of_every_flavour(flavoured: Path, tmp_path: Path) -> None:
@@ -179,6 +189,9 @@ def test_nothing_appears_unless_it_is_whole(tmp_path: Path) -> None:
         fail()
     with pytest.raises(StackError, match="was given no slices"), StackWriter(target, None, np.uint8):
         pass
+    # What stopped the writing is not covered by what follows from it.
+    with pytest.raises(InterruptedError), StackWriter(target, None, np.uint8):
+        raise InterruptedError
     assert target.read_bytes() == b"the former run's"
     assert list(tmp_path.iterdir()) == [target]
 
