@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,11 +15,10 @@ from serve import triton_guard
 from serve.triton_install import Installation, TritonError, find_installation
 from serve.triton_settings import ServerSettings, server_command
 from serve.triton_state import answers_ready, clear_up_after, load_state, state_file
+from unet.processes import signals_held_back
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-    from types import FrameType
 
 _SEGMENT_PREFIX = "unet-triton-"
 _POLL_S = 0.05
@@ -149,7 +146,7 @@ class TritonServer:
         if self._guard is None:
             return
         assert self._guard.stdin is not None
-        with _signals_held_back():
+        with signals_held_back():
             with contextlib.suppress(BrokenPipeError):
                 self._guard.stdin.close()
             try:
@@ -204,25 +201,3 @@ def _require_free_port(address: str, name: str, port: int) -> None:
                 f"port {port} of {address} cannot be listened on ({error.strerror}): stop what uses it, or choose "
                 f"another with --{name}"
             ) from error
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Let a second Ctrl-C or SIGTERM wait until cleaning up is done."""
-    held: list[int] = []
-
-    def hold(signum: int, frame: FrameType | None) -> None:
-        held.append(signum)
-
-    try:
-        former = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, which alone gets signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-        if held:
-            os.kill(os.getpid(), held[0])

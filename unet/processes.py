@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import threading
@@ -14,6 +15,7 @@ import psutil
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+    from types import FrameType
 
 GRACE_S = 30.0
 
@@ -32,16 +34,42 @@ def child(
         environment: the whole environment; by default the parent's.
     """
     stream = log.open("ab") if log is not None else None
-    try:
-        process = subprocess.Popen(line, stdout=stream, stderr=stream, env=environment, start_new_session=True)
-    finally:
-        if stream is not None:
-            stream.close()
-    try:
+    with contextlib.ExitStack() as stack:
+        # A signal that came while the process is made would else leave it without anyone to end it.
+        with signals_held_back():
+            process = subprocess.Popen(line, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+            stack.callback(_end, process)
+            if stream is not None:
+                stream.close()
         yield process
-    finally:
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with signals_held_back():
         end_tree(process.pid)
         process.wait()
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block is done."""
+    held: list[int] = []
+
+    def hold(signum: int, frame: FrameType | None) -> None:
+        held.append(signum)
+
+    try:
+        former = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        if held:
+            os.kill(os.getpid(), held[0])
 
 
 def end_tree(pid: int, grace_s: float = GRACE_S) -> None:
