@@ -22,6 +22,7 @@ from train.loop import precision_of, train
 from train.losses import border_weights
 from train.network import build_unet
 from train.saved_model import write_saved_model
+from train.throughput import measure
 from unet import __version__
 from unet.files import write_json
 from unet.intensity import to_uint8, window_of
@@ -36,6 +37,9 @@ def run(config: TrainConfig) -> int:
     """Run the mode that the configuration names; returns the exit code."""
     cluster = join_cluster()
     log = RunLog(config.model_dir, active=cluster.is_first)
+    if config.benchmark or config.exec_mode == "benchmark":
+        _benchmark(config, cluster, log)
+        return 0
     if config.exec_mode in ("train", "train_and_predict", "train_and_evaluate"):
         interrupted = _train(config, cluster, log)
         if interrupted:
@@ -47,6 +51,21 @@ def run(config: TrainConfig) -> int:
     if config.exec_mode in ("evaluate", "train_and_evaluate"):
         _evaluate(config, log)
     return 0
+
+
+def _benchmark(config: TrainConfig, cluster: Cluster, log: RunLog) -> None:
+    """Measure what the mode would do: training, inference, or both."""
+    slices = [_with_cost(config, item) for item in _split(config)[0]]
+    kinds = {"train": (True,), "predict": (False,), "evaluate": (False,)}.get(config.exec_mode, (True, False))
+    for training in kinds:
+        name = "training" if training else "inference"
+        figures = measure(config, cluster, slices, training=training)
+        log.event(
+            "SUMMARY",
+            f"{name}: {cluster.size} ranks x {config.batch_size} windows of {config.tile_size}, "
+            f"{config.base_filters} filters, {precision_of(config)}: {figures}",
+            **{f"{name}_{key}": value for key, value in figures.as_dict().items()},
+        )
 
 
 def _train(config: TrainConfig, cluster: Cluster, log: RunLog) -> bool:

@@ -1,0 +1,46 @@
+"""What `make` says on a machine that lacks something, before it starts any work."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def check_tools(project_root: Path, folder: Path, tools: list[str], *words: str) -> subprocess.CompletedProcess[str]:
+    """`make check-tools` on a machine that has the tools named and no others."""
+    for tool in ("bash", *tools):
+        found = shutil.which(tool)
+        assert found is not None
+        (folder / tool).symlink_to(found)
+    make = shutil.which("make")
+    assert make is not None
+    return subprocess.run(
+        [make, "-s", "check-tools", f"SHELL={folder / 'bash'}", *words],
+        cwd=project_root,
+        env={"PATH": str(folder), "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("present", "missing"), [(["g++"], "cmake"), (["cmake"], "g++")])
+def test_a_missing_compiler_is_named(project_root: Path, tmp_path: Path, present: list[str], missing: str) -> None:
+    done = check_tools(project_root, tmp_path, present, f"PYTHON={sys.executable}")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0].startswith(f"error: {missing} is missing; Horovod is compiled with it")
+
+
+def test_a_missing_python_is_named(project_root: Path, tmp_path: Path) -> None:
+    done = check_tools(project_root, tmp_path, ["g++", "cmake"])
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0].startswith("error: no Python 3.9, 3.10 or 3.11 with venv was found")
+
+
+def test_nothing_missing_is_silent(project_root: Path, tmp_path: Path) -> None:
+    done = check_tools(project_root, tmp_path, ["g++", "cmake"], f"PYTHON={sys.executable}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
