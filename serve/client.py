@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from serve.connection import ClientError
 from serve.segmenter import SHARED_MEMORY, Segmenter
-from serve.slots import ClientError
 from unet.errors import command, say
 from unet.intensity import Window, to_uint8, window_of
 from unet.overlay import overlay_png
@@ -86,30 +86,38 @@ def segment_file(
             for index, probability in enumerate(segmenter.segment(slices)):
                 writer.append(probability)
                 if index == overlay_slice:
-                    overlay_png(overlay, to_uint8(reader[index], window), probability, threshold)
+                    drawn = probability
                 bar.update()
+        overlay_png(overlay, to_uint8(reader[overlay_slice], window), drawn, threshold)
         size = len(reader), reader.height, reader.width
     return Summary(str(source), str(target), str(overlay), *size, window, time.perf_counter() - started)
 
 
 def _targets(source: Path, chosen: Any) -> tuple[Path, Path]:
+    """The probability stack and the picture that are written for a stack."""
+    stem, _, suffix = source.name.partition(".ome.")
+    # An OME-TIFF is known by its name too.
+    stem, extension = (stem, ".ome.tif") if suffix.lower() in ("tif", "tiff") else (source.stem, ".tif")
     folder = chosen.output_dir or source.parent
-    target = chosen.output or folder / f"{source.stem}-probability.tif"
-    return target, target.with_name(f"{source.stem}-overlay.png")
+    target = chosen.output or folder / f"{stem}-probability{extension}"
+    return target, target.with_name(f"{stem}-overlay.png")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="serve/client.py", description=__doc__)
     parser.add_argument("volumes", type=Path, nargs="+", help="TIFF stacks of 8- or 16-bit grey slices")
-    parser.add_argument("--output", type=Path, help="the probability stack (default: NAME-probability.tif)")
-    parser.add_argument("--output_dir", type=Path, help="folder for what is written (default: the input's)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="the probability stack (default: NAME-probability.tif)")
+    where.add_argument("--output_dir", type=Path, help="folder for what is written (default: the input's)")
     parser.add_argument("--overwrite", action="store_true", help="replace what a former run wrote")
     parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC (default: %(default)s)")
     parser.add_argument("--model_name", default="unet", help="the served model (default: %(default)s)")
     parser.add_argument("--model_version", default="", help="its version (default: the newest)")
     parser.add_argument("--timeout_s", type=float, default=60, help="longest wait for an answer (default: %(default)g)")
     parser.add_argument("--shared_memory", choices=SHARED_MEMORY, default="auto", help="with a server on this machine")
-    parser.add_argument("--batch_size", type=int, default=1, help="tiles in a request (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=1, help="tiles of a slice in one request (default: %(default)s)"
+    )
     parser.add_argument("--in_flight", type=int, default=2, help="requests under way at a time (default: %(default)s)")
     parser.add_argument(
         "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 255"
@@ -128,8 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     if chosen.output is not None and len(chosen.volumes) > 1:
         parser.error("--output names one file: use --output_dir with several stacks")
-    for source in chosen.volumes:
-        _refuse_overwriting(source, chosen)
+    _refuse_overwriting(chosen)
     with Segmenter(
         chosen.url,
         chosen.model_name,
@@ -155,10 +162,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _refuse_overwriting(source: Path, chosen: Any) -> None:
-    for path in _targets(source, chosen):
-        if path.exists() and not chosen.overwrite:
-            raise ClientError(f"{path} exists already: add --overwrite to replace it, or choose another --output_dir")
+def _refuse_overwriting(chosen: Any) -> None:
+    """Check before any work that nothing is lost: no input, no former result unasked, no result of this very run."""
+    taken = {source.resolve(): source for source in chosen.volumes}
+    for source in chosen.volumes:
+        for path in _targets(source, chosen):
+            other = taken.setdefault(path.resolve(), source)
+            if other is not source or path.resolve() == source.resolve():
+                raise ClientError(
+                    f"what is found in {source} would be written to {path}, over what belongs to {other}: choose "
+                    "another --output or --output_dir"
+                )
+            if path.exists() and not chosen.overwrite:
+                raise ClientError(
+                    f"{path} exists already: add --overwrite to replace it, or choose another --output_dir"
+                )
 
 
 def _report(summary: Summary, chosen: Any) -> None:

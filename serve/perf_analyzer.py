@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from unet.errors import UnetError
 from unet.geometry import output_size
+from unet.processes import signals_held_back
 
 # The names under which the binary wants the libraries that nvidia-pytriton carries with a hash in theirs.
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so*", "libcudart.so.12": "libcudart-*.so.12*"}
 _UNSTABLE = 2
 _STABILITY_PERCENT = (40, 80)
+_MOST_WINDOWS = 6
+_SHARED_MEMORY = "/dev/shm/"
 
 
 class PerfAnalyzerError(UnetError):
@@ -37,29 +44,29 @@ class PerfRow:
 class PerfAnalyzer:
     """The program, made to start on this machine.
 
+    Where it uses shared memory it first has the server forget everyone's regions, so that a client that is at work on
+    the same server fails, and it names its own after the model's inputs: let one run at a time.
+
     Args:
-        work_dir: folder for links to its libraries and for its reports.
+        reports: folder for its reports.
 
     Raises:
         PerfAnalyzerError: if the program or one of its libraries is not installed.
     """
 
-    def __init__(self, work_dir: Path) -> None:
+    def __init__(self, reports: Path) -> None:
         self._program = Path(sys.executable).parent / "perf_analyzer"
         spec = find_spec("pytriton")
         if not self._program.exists() or spec is None or spec.origin is None:
             raise PerfAnalyzerError("perf_analyzer is not installed: pip install 'unet-medical-triton[serve]'")
-        self._work_dir = work_dir
-        self._links = work_dir / "perf_analyzer-libraries"
-        self._links.mkdir(parents=True, exist_ok=True)
+        self._reports = reports
         carried = Path(spec.origin).parent.parent / "nvidia_pytriton.libs"
+        self._libraries: dict[str, Path] = {}
         for name, pattern in _LIBRARIES.items():
             found = sorted(carried.glob(pattern))
             if not found:
                 raise PerfAnalyzerError(f"{carried} has no {pattern}, which perf_analyzer needs: install it again")
-            link = self._links / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(found[0])
+            self._libraries[name] = found[0]
 
     def measure(
         self,
@@ -88,33 +95,79 @@ class PerfAnalyzer:
         Raises:
             PerfAnalyzerError: if it fails, is not stable, or takes too long; the end of its output is in the message.
         """
-        report = self._work_dir / f"perf_analyzer-batch{batch_size}.csv"
+        report = self._reports / f"perf_analyzer-batch{batch_size}.csv"
         words = [str(self._program), "-m", model_name, "-u", url, "-i", "grpc", "-b", str(batch_size)]
         words += ["--shape", f"image:1,{tile_size},{tile_size}", "--input-data", "random", "--concurrency-range", "1"]
         words += ["--measurement-mode", "count_windows", "--measurement-request-count", str(requests)]
-        words += ["-f", str(report)]
+        words += ["--max-trials", str(_MOST_WINDOWS), "-f", str(report)]
         if shared_memory:
             size = batch_size * output_size(tile_size) ** 2 * 2
             words += ["--shared-memory", "system", "--output-shared-memory-size", str(size)]
+        self._reports.mkdir(parents=True, exist_ok=True)
         for percent in _STABILITY_PERCENT:
             report.unlink(missing_ok=True)
-            done = self._run([*words, "-s", str(percent)], timeout_s)
-            if done.returncode != _UNSTABLE:
+            code, said = self._run([*words, "-s", str(percent)], timeout_s)
+            if code != _UNSTABLE:
                 break
-        if done.returncode or not report.exists():
-            tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-            reason = "saw no stable measurement" if done.returncode == _UNSTABLE else "failed"
+        if code or not report.exists():
+            tail = "\n".join(said.strip().splitlines()[-8:])
+            reason = "saw no stable measurement" if code == _UNSTABLE else "failed"
             raise PerfAnalyzerError(f"perf_analyzer {reason} at batch {batch_size}; the end of its output is:\n{tail}")
         return read_report(report, batch_size)
 
-    def _run(self, words: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(self._links)}
-        try:
-            return subprocess.run(
-                words, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
+    def _run(self, words: list[str], timeout_s: float) -> tuple[int, str]:
+        """Its exit code and what it said."""
+        with tempfile.TemporaryDirectory(prefix="perf_analyzer-") as folder:
+            for name, library in self._libraries.items():
+                (Path(folder) / name).symlink_to(library)
+            environment = {**os.environ, "LD_LIBRARY_PATH": folder}
+            with _ended_at_last(words, environment) as process:
+                try:
+                    said = process.communicate(timeout=timeout_s)[0]
+                except subprocess.TimeoutExpired:
+                    raise PerfAnalyzerError(
+                        f"{self._program} took more than {timeout_s:g} s for one batch size"
+                    ) from None
+        return process.returncode, said
+
+
+@contextlib.contextmanager
+def _ended_at_last(words: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Run perf_analyzer; if it still runs at the block's end, it is killed and its shared memory is removed.
+
+    On SIGINT it can wait for ever, on SIGTERM it leaves its shared memory: so a terminal's Ctrl-C is kept from it.
+    """
+    with contextlib.ExitStack() as stack:
+        with signals_held_back():
+            process = subprocess.Popen(
+                words,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
             )
-        except subprocess.TimeoutExpired:
-            raise PerfAnalyzerError(f"{self._program} took more than {timeout_s:.0f} s for one batch size") from None
+            stack.callback(_end, process)
+        yield process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with signals_held_back():
+        if process.poll() is None:
+            process.send_signal(signal.SIGSTOP)
+            segments = _segments_of(process.pid)
+            process.kill()
+            for segment in segments:
+                segment.unlink(missing_ok=True)
+        process.communicate()
+
+
+def _segments_of(pid: int) -> list[Path]:
+    """The shared memory that a process has mapped."""
+    maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    # Six columns; the last is the path.
+    paths = {line.split(maxsplit=5)[-1] for line in maps if _SHARED_MEMORY in line}
+    return [Path(path) for path in paths if not path.endswith("(deleted)")]
 
 
 def read_report(path: Path, batch_size: int) -> PerfRow:

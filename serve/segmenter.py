@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import queue
 import threading
 from collections import deque
@@ -14,28 +13,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from serve.slots import ClientError, Slot, make_slots, on_this_machine
-from unet.geometry import TilePlan, cheapest_tile_size, is_valid_size, plan_tiles
+from serve.connection import ClientError, Connection
+from serve.slots import Shape, Slot, make_slots, on_this_machine
+from unet.geometry import TilePlan, cheapest_tile_size, plan_tiles
+from unet.processes import signals_held_back
 
 if TYPE_CHECKING:
     from unet.geometry import Tile
 
-INPUT, OUTPUT = "image", "probability"
-# Their numbers in Triton's protocol, inference.DataType.
-_UINT8, _FP16 = 2, 10
-_CANCEL_TIMEOUT_S = 5.0
+_FINISH_TIMEOUT_S = 2.0
+_CANCEL_TIMEOUT_S = 2.0
 Send = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float16]]
 SHARED_MEMORY = ("auto", "on", "off")
 
 
 @dataclass
 class _SliceInWork:
-    """A slice whose tiles are under way."""
+    """A slice whose tiles are under way; ``done`` when none is missing or one has failed."""
 
     image: npt.NDArray[np.uint8]
     plan: TilePlan
     probability: npt.NDArray[np.float32]
     missing: int
+    failure: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -46,6 +46,8 @@ class Segmenter:
 
         with Segmenter() as segmenter:
             probability = segmenter.segment_slice(image)
+
+    After an error it can be used again.
 
     Attributes:
         tile_sizes: the tile sizes that the served model takes.
@@ -72,94 +74,32 @@ class Segmenter:
             timeout_s: longest wait for one answer.
             shared_memory: "auto" hands pixels over in shared memory where the server is on this machine and takes it;
                 "on" insists, "off" sends them.
-            batch_size: tiles in one request.
+            batch_size: tiles of one slice in one request, at most.
             in_flight: requests under way at a time.
 
         Raises:
             ClientError: if no server answers, it does not serve the model, or the model has another interface.
         """
-        import tritonclient.grpc as grpc
-
         if shared_memory not in SHARED_MEMORY:
             raise ClientError(f"shared_memory {shared_memory!r} is not one of {', '.join(SHARED_MEMORY)}")
         if batch_size < 1 or in_flight < 1 or timeout_s <= 0:
             raise ClientError("batch_size and in_flight must be at least 1, timeout_s positive")
-        self.url, self.model_name, self.model_version = url, model_name, model_version
-        self._timeout_s, self._in_flight, self._batch_size = timeout_s, in_flight, batch_size
-        self._sharing = shared_memory
-        self._grpc = grpc
-        try:
-            self._client = grpc.InferenceServerClient(url)
-        except Exception as error:  # a malformed address fails in several ways
-            raise ClientError(f"{url} is not HOST:PORT of a gRPC server: {error}") from error
+        self._in_flight, self._batch_size, self._sharing = in_flight, batch_size, shared_memory
         self._slots: list[Slot] = []
         self._free: queue.Queue[Slot] = queue.Queue()
-        self._failure: Exception | None = None
         self._changed = threading.Condition()
-        self._under_way: dict[int, Any] = {}
-        self._requests = itertools.count()
+        self._under_way: dict[object, Any] = {}
+        self._connection = Connection(url, model_name, model_version, timeout_s)
         try:
-            self._read_interface()
+            interface = self._connection.interface()
+            self.tile_sizes, self.max_batch_size = interface.tile_sizes, interface.max_batch_size
+            if batch_size > self.max_batch_size:
+                raise ClientError(
+                    f"a batch of {batch_size} is more than the {self.max_batch_size} that {model_name} takes"
+                )
         except BaseException:
             self.close()
             raise
-
-    def _read_interface(self) -> None:
-        config = self._call(self._client.get_model_config, self.model_name, self.model_version).config
-        ports = [(p.name, p.data_type, list(p.dims)) for p in (*config.input, *config.output)]
-        if [(name, kind) for name, kind, _ in ports] != [(INPUT, _UINT8), (OUTPUT, _FP16)]:
-            raise ClientError(
-                f"{self.model_name} on {self.url} is not a U-Net of this project: it must take UINT8 {INPUT!r} and "
-                f"give FP16 {OUTPUT!r}; name another model with --model_name"
-            )
-        listed = config.parameters["tile_sizes"].string_value
-        self.tile_sizes = tuple(int(size) for size in listed.split(",") if size.isdecimal())
-        if not self.tile_sizes or not all(is_valid_size(size) for size in self.tile_sizes):
-            raise ClientError(
-                f"{self.model_name} on {self.url} names no usable tile size ({listed!r}): publish it again"
-            )
-        self.max_batch_size = max(1, int(config.max_batch_size))
-        if self._batch_size > self.max_batch_size:
-            raise ClientError(
-                f"a batch of {self._batch_size} is more than the {self.max_batch_size} that {self.model_name} takes"
-            )
-
-    def _call(self, function: Any, *arguments: Any) -> Any:
-        try:
-            return function(*arguments, client_timeout=self._timeout_s)
-        except self._grpc.InferenceServerException as error:
-            raise self._explain(error) from error
-
-    def _explain(self, error: Exception) -> ClientError:
-        """One sentence for what went wrong with a call."""
-        status = str(getattr(error, "status", lambda: "")() or "")
-        message = str(getattr(error, "message", lambda: "")() or error)
-        if "DEADLINE_EXCEEDED" in status:
-            return ClientError(f"{self.url} gave no answer in {self._timeout_s:g} s: see its log, or raise --timeout_s")
-        if "UNAVAILABLE" in status and "queue" in message:
-            return ClientError(f"{self.url} has too many requests waiting ({message}): try again when it is less busy")
-        if "UNAVAILABLE" in status:
-            return ClientError(f"no server answers at {self.url}: start one with `make serve`, or name it with --url")
-        if "NOT_FOUND" in status or "unknown model" in message.lower():
-            return ClientError(f"{self.url} does not serve {self.model_name}: publish it, or name another --model_name")
-        return ClientError(f"{self.url} refused: {message.splitlines()[0]}")
-
-    def _prepare(self, tile_size: int) -> None:
-        """Make the slots that requests of this size travel in."""
-        shape = (self._batch_size, 1, tile_size, tile_size)
-        if self._slots and self._slots[0].shape == shape:
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: not self._under_way, 2 * self._timeout_s)
-        self._drop_slots()
-        self._slots = self._make_slots(self._in_flight, shape)
-        for slot in self._slots:
-            self._free.put(slot)
-
-    def _make_slots(self, count: int, shape: tuple[int, int, int, int]) -> list[Slot]:
-        insist = self._sharing == "on"
-        shared = insist or (self._sharing == "auto" and on_this_machine(self.url))
-        return make_slots(self._client, count, shape, shared=shared, insist=insist, timeout_s=self._timeout_s)
 
     @property
     def uses_shared_memory(self) -> bool:
@@ -167,8 +107,8 @@ class Segmenter:
         return bool(self._slots) and self._slots[0].shared
 
     @contextlib.contextmanager
-    def slot(self, shape: tuple[int, int, int, int]) -> Iterator[Send]:
-        """A function that sends one batch of tiles of ``shape`` [N, 1, S, S] and waits for its answer.
+    def slot(self, shape: Shape) -> Iterator[tuple[Send, bool]]:
+        """A function that sends one batch of tiles of ``shape`` [N, 1, S, S] and waits; and whether memory is shared.
 
         The function takes uint8 [N, 1, S, S] and gives float16 [N, 1, S - 184, S - 184], the probability of "not
         membrane", valid until the next call.
@@ -176,21 +116,21 @@ class Segmenter:
         Raises:
             ClientError: if the server does not answer or refuses.
         """
-        slots = self._make_slots(1, shape)
+        slot = self._make_slots(1, shape)[0]
         try:
-            yield lambda tiles: self._infer(slots[0], tiles)
+            yield lambda tiles: self._send(slot, tiles), slot.shared
         finally:
-            slots[0].close()
+            slot.close()
 
-    def _infer(self, slot: Slot, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+    def _send(self, slot: Slot, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+        if slot.spent:
+            raise ClientError("a former request failed in this slot: open another")
         slot.images[...] = tiles
-        inputs, outputs = slot.tensors(self._grpc, len(tiles))
         try:
-            answer = self._client.infer(
-                self.model_name, inputs, self.model_version, outputs=outputs, client_timeout=self._timeout_s
-            )
-        except self._grpc.InferenceServerException as error:
-            raise self._explain(error) from error
+            answer = self._connection.infer(*slot.tensors(self._connection.grpc, len(tiles)))
+        except BaseException:
+            slot.spent = True
+            raise
         return slot.outputs(answer, len(tiles))
 
     def segment_slice(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -213,7 +153,8 @@ class Segmenter:
         works: deque[_SliceInWork] = deque()
         for image in slices:
             works.append(self._submit_slice(image))
-            while works and works[0].done.is_set():
+            # One request that takes long must not let finished slices pile up behind it.
+            while works and (works[0].done.is_set() or len(works) > self._in_flight):
                 yield self._finished(works.popleft())
         while works:
             yield self._finished(works.popleft())
@@ -223,88 +164,121 @@ class Segmenter:
             raise ClientError(f"a slice must be uint8 [H, W], this is {image.dtype} {list(image.shape)}")
         height, width = image.shape
         tile_size = cheapest_tile_size(height, width, self.tile_sizes)
-        self._prepare(tile_size)
+        self._prepare((self._batch_size, 1, tile_size, tile_size))
         plan = plan_tiles(height, width, tile_size)
         work = _SliceInWork(image, plan, np.empty(image.shape, np.float32), len(plan))
         for first in range(0, len(plan), self._batch_size):
+            if work.failure is not None:
+                break
             self._submit_tiles(work, plan.tiles[first : first + self._batch_size])
         return work
 
     def _submit_tiles(self, work: _SliceInWork, tiles: tuple[Tile, ...]) -> None:
-        slot, number = self._take_slot(), next(self._requests)
-        for index, tile in enumerate(tiles):
-            slot.images[index, 0] = work.plan.extract(work.image, tile)
+        slot = self._take_slot()
+        request, free = object(), self._free
+        try:
+            for index, tile in enumerate(tiles):
+                slot.images[index, 0] = work.plan.extract(work.image, tile)
+            inputs, outputs = slot.tensors(self._connection.grpc, len(tiles))
+        except BaseException:
+            self._free.put(slot)
+            raise
 
         def receive(result: Any, error: Exception | None) -> None:
-            # Called from the connection's own thread.
+            # Called from the connection's own thread, by these names.
             try:
                 if error is not None:
                     raise error
-                outputs = slot.outputs(result, len(tiles))
-                for output, tile in zip(outputs, tiles):
+                for output, tile in zip(slot.outputs(result, len(tiles)), tiles):
                     work.plan.place(output[0], tile, work.probability)
-                with self._changed:
-                    work.missing -= len(tiles)
-                    finished = work.missing == 0
-                if finished:
-                    work.done.set()
             except Exception as fault:
-                self._failure = fault
-                work.done.set()
-            finally:
-                self._free.put(slot)
-                with self._changed:
-                    self._under_way.pop(number, None)
-                    self._changed.notify_all()
+                slot.spent = True
+                work.failure = fault
+            with self._changed:
+                work.missing -= len(tiles)
+                if work.missing == 0 or work.failure is not None:
+                    work.done.set()
+                free.put(slot)
+                self._under_way.pop(request, None)
+                self._changed.notify_all()
 
-        inputs, outputs = slot.tensors(self._grpc, len(tiles))
-        self._under_way[number] = None
-        try:
-            call = self._client.async_infer(
-                self.model_name,
-                inputs,
-                receive,
-                self.model_version,
-                outputs=outputs,
-                client_timeout=self._timeout_s,
-            )
-        except self._grpc.InferenceServerException as error:
-            self._under_way.pop(number)
-            raise self._explain(error) from error
+        # Ctrl-C in the midst of this would leave gRPC with a call that is neither sent nor given up.
+        with signals_held_back():
+            self._under_way[request] = None
+            try:
+                call = self._connection.infer_async(inputs, outputs, receive)
+            except ClientError:
+                self._under_way.pop(request)
+                self._free.put(slot)
+                raise
+            with self._changed:
+                if request in self._under_way:
+                    self._under_way[request] = call
+
+    def _make_slots(self, count: int, shape: Shape) -> list[Slot]:
+        insist = self._sharing == "on"
+        shared = insist or (self._sharing == "auto" and on_this_machine(self._connection.url))
+        return make_slots(self._connection, count, shape, shared=shared, insist=insist)
+
+    def _prepare(self, shape: Shape) -> None:
+        """Make the slots that requests of this shape travel in."""
+        if self._slots and self._slots[0].shape == shape:
+            return
         with self._changed:
-            if number in self._under_way:
-                self._under_way[number] = call
+            self._changed.wait_for(lambda: not self._under_way, self._patience_s)
+        self._drop_slots()
+        self._slots = self._make_slots(self._in_flight, shape)
+        for slot in self._slots:
+            self._free.put(slot)
+
+    @property
+    def _patience_s(self) -> float:
+        """Every request ends by its deadline; this is well beyond it."""
+        return 2 * self._connection.timeout_s + 1
 
     def _take_slot(self) -> Slot:
-        self._raise_failure()
         try:
-            # Every request ends by its deadline, so a slot comes free soon after it at the latest.
-            slot = self._free.get(timeout=2 * self._timeout_s)
+            slot = self._free.get(timeout=self._patience_s)
         except queue.Empty:
-            raise ClientError(f"{self.url} has not answered for {2 * self._timeout_s:g} s: see its log") from None
-        if self._failure is not None:
+            raise self._silence() from None
+        if not slot.spent:
+            return slot
+        # Its place is taken by a new one.
+        slot.close()
+        try:
+            fresh = self._make_slots(1, slot.shape)[0]
+        except BaseException:
             self._free.put(slot)
-        self._raise_failure()
-        return slot
+            raise
+        self._slots[self._slots.index(slot)] = fresh
+        return fresh
 
     def _finished(self, work: _SliceInWork) -> npt.NDArray[np.float32]:
-        if not work.done.wait(2 * self._timeout_s):
-            raise ClientError(f"{self.url} has not answered for {2 * self._timeout_s:g} s: see its log")
-        self._raise_failure()
+        # All its requests are on their way by now, whose deadlines have been running.
+        if not work.done.wait(self._patience_s):
+            raise self._silence()
+        failure = work.failure
+        if isinstance(failure, self._connection.grpc.InferenceServerException):
+            raise self._connection.explain(failure) from failure
+        if failure is not None:
+            raise failure
         return work.probability
 
-    def _raise_failure(self) -> None:
-        if isinstance(self._failure, self._grpc.InferenceServerException):
-            raise self._explain(self._failure) from self._failure
-        if self._failure is not None:
-            raise self._failure
+    def _silence(self) -> ClientError:
+        return ClientError(f"{self._connection.url} has not answered for {self._patience_s:g} s: see its log")
 
     def _drop_slots(self) -> None:
-        """Give up what is under way, which is nothing unless an error or Ctrl-C got here first, and the slots."""
+        """Await what is under way, though not for long, and give up the rest and the slots.
+
+        Something is under way only when an error or Ctrl-C got here first. A server does not forget memory that it is
+        still writing to, so that a little patience leaves it cleaner than cancelling at once.
+        """
         with self._changed:
-            for call in self._under_way.values():
-                if call is not None:
-                    call.cancel()
+            self._changed.wait_for(lambda: not self._under_way, _FINISH_TIMEOUT_S)
+            calls = list(self._under_way.values())
+        for call in filter(None, calls):
+            call.cancel()
+        with self._changed:
             self._changed.wait_for(lambda: not self._under_way, _CANCEL_TIMEOUT_S)
             self._under_way.clear()
         for slot in self._slots:
@@ -313,9 +287,10 @@ class Segmenter:
         self._free = queue.Queue()
 
     def close(self) -> None:
-        """Give up what is under way, remove the shared memory and hang up."""
-        self._drop_slots()
-        self._client.close()
+        """Give up what is under way, have the server forget the shared memory, and hang up."""
+        with signals_held_back():
+            self._drop_slots()
+            self._connection.close()
 
     def __enter__(self) -> Segmenter:
         return self

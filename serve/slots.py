@@ -1,11 +1,16 @@
-"""What one request in flight needs: room for its tiles and its answer, in shared memory where the server takes it."""
+"""What one request in flight needs: room for its tiles and its answer, in shared memory where the server takes it.
+
+A region of shared memory has a name only from its creation until the server has mapped it, a few milliseconds: after
+that both sides hold the memory itself, and the system takes it back when they end, however they end.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import logging
+import mmap
 import os
-import warnings
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from unet.errors import UnetError
+from serve.connection import INPUT, OUTPUT, ClientError, Connection
 from unet.geometry import output_size
 
-INPUT, OUTPUT = "image", "probability"
+LOGGER = logging.getLogger(__name__)
+
+Shape = tuple[int, int, int, int]
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "unet-client-"
-_numbers = itertools.count()
-
-
-class ClientError(UnetError):
-    """A server, a model or an answer that cannot be used."""
+_FORGET_TIMEOUT_S = 2.0
 
 
 def on_this_machine(url: str) -> bool:
@@ -34,11 +37,12 @@ def on_this_machine(url: str) -> bool:
 
 
 def remove_dead_segments() -> None:
-    """Remove shared memory of clients that were killed."""
+    """Remove shared memory of clients that were killed in the moment when it had a name."""
     for segment in _SHARED_MEMORY.glob(f"{_PREFIX}*"):
         owner = segment.name[len(_PREFIX) :].split("-")[0]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            segment.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's
+                segment.unlink(missing_ok=True)
 
 
 class Slot:
@@ -48,12 +52,15 @@ class Slot:
         shape: of the largest batch of tiles, [N, 1, S, S].
         images: uint8 of that shape, to be filled before the request is sent.
         shared: whether the room is in shared memory.
+        spent: whether a request failed in it. The server may still be writing an answer that nobody waits for any
+            longer, so the room must not be used again.
     """
 
     shared = False
 
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.shape = shape
+        self.spent = False
         self.images: npt.NDArray[np.uint8] = np.empty(shape, np.uint8)
 
     def tensors(self, grpc: Any, count: int) -> tuple[list[Any], list[Any]]:
@@ -76,85 +83,97 @@ class SharedSlot(Slot):
 
     shared = True
 
-    def __init__(self, client: Any, shape: tuple[int, int, int, int], timeout_s: float) -> None:
-        with warnings.catch_warnings():
-            # It still asks pkg_resources for its version.
-            warnings.simplefilter("ignore", UserWarning)
-            from tritonclient.utils import shared_memory
+    def __init__(self, connection: Connection, shape: Shape) -> None:
+        """Make the room and have the server map it.
 
-        self.shape = shape
-        self._library, self._client, self._timeout_s = shared_memory, client, timeout_s
+        Raises:
+            OSError: if there is too little shared memory.
+            tritonclient.utils.InferenceServerException: if the server does not take it.
+        """
+        self.shape, self.spent = shape, False
+        self._connection = connection
         side = output_size(shape[-1])
         self._answer_shape = (shape[0], 1, side, side)
-        sizes = {"in": int(np.prod(shape)), "out": int(np.prod(self._answer_shape)) * 2}
-        self._sizes = sizes
-        number = next(_numbers)
-        self._names = {way: f"{_PREFIX}{os.getpid()}-{number}-{way}" for way in sizes}
-        self._regions: dict[str, Any] = {}
+        # Random, because processes of two containers may have one number.
+        stem = f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._names = {INPUT: f"{stem}-in", OUTPUT: f"{stem}-out"}
         try:
-            for way, size in sizes.items():
-                name = self._names[way]
-                self._regions[way] = shared_memory.create_shared_memory_region(name, f"/{name}", size)
-                client.register_system_shared_memory(name, f"/{name}", size, client_timeout=timeout_s)
+            self.images = self._region(INPUT, int(np.prod(shape)), np.uint8).reshape(shape)
+            answers = self._region(OUTPUT, int(np.prod(self._answer_shape)) * 2, np.float16)
         except BaseException:
             self.close()
             raise
-        self.images = shared_memory.get_contents_as_numpy(self._regions["in"], np.uint8, list(shape))
+        self._answers: npt.NDArray[np.float16] = answers.reshape(self._answer_shape)
+
+    def _region(self, way: str, size: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Memory that the server has mapped too."""
+        name = self._names[way]
+        path = _SHARED_MEMORY / name
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            try:
+                # Without this a full /dev/shm would show at the first write: a bus error, here or in the server.
+                os.posix_fallocate(descriptor, 0, size)
+                memory = mmap.mmap(descriptor, size)
+            finally:
+                os.close(descriptor)
+            self._connection.client.register_system_shared_memory(
+                name, f"/{name}", size, client_timeout=self._connection.timeout_s
+            )
+        finally:
+            path.unlink(missing_ok=True)
+        # The array keeps the memory: it goes with the last view of it.
+        return np.frombuffer(memory, dtype)
 
     def tensors(self, grpc: Any, count: int) -> tuple[list[Any], list[Any]]:
         """The request's inputs and outputs: names of regions, no pixels."""
         image = grpc.InferInput(INPUT, [count, *self.shape[1:]], "UINT8")
-        image.set_shared_memory(self._names["in"], count * self._sizes["in"] // self.shape[0])
+        image.set_shared_memory(self._names[INPUT], self.images[:count].nbytes)
         answer = grpc.InferRequestedOutput(OUTPUT)
-        answer.set_shared_memory(self._names["out"], count * self._sizes["out"] // self.shape[0])
+        answer.set_shared_memory(self._names[OUTPUT], self._answers[:count].nbytes)
         return [image], [answer]
 
     def outputs(self, answer: Any, count: int) -> npt.NDArray[np.float16]:
         """The probabilities that the server wrote, a view."""
-        shape = [count, *self._answer_shape[1:]]
-        result: npt.NDArray[np.float16] = self._library.get_contents_as_numpy(self._regions["out"], np.float16, shape)
-        return result
+        return self._answers[:count]
 
     def close(self) -> None:
-        """Have the server forget the regions and remove them."""
-        self.images = np.empty((0, 1, 0, 0), np.uint8)
-        for way, region in self._regions.items():
-            # The server may be gone already; the memory must go all the same.
+        """Have the server forget the regions."""
+        for name in self._names.values():
+            # It may be gone, or still at work on a request that was given up: then it keeps them until it ends.
             with contextlib.suppress(Exception):
-                self._client.unregister_system_shared_memory(self._names[way], client_timeout=self._timeout_s)
-            with contextlib.suppress(self._library.SharedMemoryException):
-                self._library.destroy_shared_memory_region(region)
-        self._regions = {}
+                self._connection.client.unregister_system_shared_memory(name, client_timeout=_FORGET_TIMEOUT_S)
 
 
-def make_slots(
-    client: Any, count: int, shape: tuple[int, int, int, int], *, shared: bool, insist: bool, timeout_s: float
-) -> list[Slot]:
+def make_slots(connection: Connection, count: int, shape: Shape, *, shared: bool, insist: bool) -> list[Slot]:
     """Room for ``count`` requests.
 
     Args:
-        client: the gRPC connection.
+        connection: to the server that is to know the room.
         count: requests in flight.
         shape: of the largest batch of tiles, [N, 1, S, S].
         shared: whether to try shared memory.
-        insist: whether to fail if the server does not take it, instead of sending the pixels.
-        timeout_s: longest wait for the server to register it.
+        insist: whether to fail if it cannot be had, instead of sending the pixels.
 
     Raises:
         ClientError: if shared memory is insisted on and cannot be had.
     """
+    if not shared:
+        return [Slot(shape) for _ in range(count)]
+    remove_dead_segments()
     slots: list[Slot] = []
-    if shared:
-        remove_dead_segments()
-        try:
-            for _ in range(count):
-                slots.append(SharedSlot(client, shape, timeout_s))
-        except Exception as error:  # the library's, the server's and the system's own
-            for slot in slots:
-                slot.close()
-            slots = []
-            if insist:
-                raise ClientError(
-                    f"the server cannot share memory with this process ({error}): leave it off"
-                ) from error
-    return slots or [Slot(shape) for _ in range(count)]
+    try:
+        for _ in range(count):
+            slots.append(SharedSlot(connection, shape))
+    except BaseException as error:
+        for slot in slots:
+            slot.close()
+        if not isinstance(error, (OSError, connection.grpc.InferenceServerException)):
+            raise
+        if insist:
+            raise ClientError(
+                f"{connection.url} cannot share memory with this process ({error}): leave shared memory off"
+            ) from error
+        LOGGER.info("no shared memory with %s, the pixels are sent: %s", connection.url, error)
+        return [Slot(shape) for _ in range(count)]
+    return slots

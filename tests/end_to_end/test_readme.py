@@ -75,7 +75,7 @@ def test_the_demo_says_where_everything_is(
     assert "V_rand thin" in said
     assert "held-out Dice" in said
     # The same batch size by our client, by perf_analyzer, and the reference's figures.
-    assert re.search(r"\| 1 \| \d+ \| [\d.]+ \|.*\| 62.81 \| 34.27 \|", said)
+    assert re.search(r"\| +1 \| +\d+ \| +[\d.]+ \|.*\| +62\.81 \| +34\.27 \|", said)
     rows = json.loads((checkout / "demo" / "benchmark" / "benchmark.json").read_text(encoding="utf-8"))
     assert [row["batch_size"] for row in rows["rows"]] == [1]
 

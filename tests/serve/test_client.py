@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serve.client import ClientError, Segmenter, main
+from serve.repository import ModelSettings, model_config
 from serve.slots import remove_dead_segments
-from serve.triton import TritonServer
+from serve.triton_process import TritonServer
+from serve.triton_settings import ServerSettings
+from unet.card import Card
+from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.demo import free_port
+from unet.geometry import cheapest_tile_size, plan_tiles, predict_tiled
 
 SHARED_MEMORY = Path("/dev/shm")
 RNG = np.random.default_rng(0)
@@ -32,9 +41,60 @@ def expected(image: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
     return (image.astype(np.float16) * np.float16(1 / 255)).astype(np.float32)
 
 
+def registered(url: str) -> set[str]:
+    """The clients' regions that a server knows."""
+    import tritonclient.grpc as grpc
+
+    with grpc.InferenceServerClient(url) as client:
+        return {name for name in client.get_system_shared_memory_status().regions if name.startswith("unet-client-")}
+
+
 @pytest.fixture(scope="session")
 def url(triton_server: TritonServer) -> str:
     return triton_server.settings.grpc_url
+
+
+# As the served network; an image that begins with 255 takes its time.
+SLOW_MODEL = """
+import time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+class TritonPythonModel:
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            image = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
+            if image[0, 0, 92, 92] == 255:
+                time.sleep(1.5)
+            answer = image[..., 92:-92, 92:-92].astype(np.float16) * np.float16(1 / 255)
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("probability", answer)]))
+        return responses
+"""
+
+
+@pytest.fixture(scope="module")
+def odd_url(tiny_artefacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with models that a client may meet: ``slow``, ``wide`` (float32 answers), ``bare`` (no tile sizes)."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    folder = tmp_path_factory.mktemp("odd")
+    for name in ("slow", "wide", "bare"):
+        config = model_config(Card.load(tiny_artefacts), ModelSettings(name, max_batch_size=4, instances=2))
+        if name == "wide":
+            config.output[0].data_type = pb.TYPE_FP32
+        if name == "bare":
+            del config.parameters["tile_sizes"]
+        # So that two requests go to two instances.
+        config.ClearField("dynamic_batching")
+        config.ClearField("model_warmup")
+        (folder / "models" / name / "1").mkdir(parents=True)
+        (folder / "models" / name / "1" / "model.py").write_text(SLOW_MODEL)
+        (folder / "models" / name / "config.pbtxt").write_text(text_format.MessageToString(config))
+    http, grpc, metrics = (free_port() for _ in range(3))
+    server_settings = ServerSettings(folder / "models", folder / "triton.log", folder / "state", http, grpc, metrics)
+    with TritonServer(server_settings):
+        yield server_settings.grpc_url
 
 
 @pytest.mark.parametrize("shared_memory", ["on", "off"])
@@ -56,6 +116,37 @@ def test_every_slice_comes_back_in_its_place(
         assert answer.dtype == np.float32
         np.testing.assert_array_equal(answer, expected(image))
     assert our_segments() == set()
+
+
+@pytest.mark.parametrize("shape", [(37, 300), (500, 64)])
+def test_the_answer_is_the_engines_own_on_the_same_tiles(
+    url: str, tiny_artefacts: Path, shape: tuple[int, int]
+) -> None:
+    image = RNG.integers(0, 256, shape, np.uint8)
+    engine = CpuEngine(tiny_artefacts / "model.fp16.onnx", EngineChoice("onnxruntime", "f32"), 1)
+    with Segmenter(url, batch_size=3) as segmenter:
+        plan = plan_tiles(*shape, cheapest_tile_size(*shape, segmenter.tile_sizes))
+        assert len(plan) > 3
+        direct = predict_tiled(image, plan, lambda tiles: engine.infer(tiles[:, np.newaxis])[:, 0])
+        np.testing.assert_array_equal(segmenter.segment_slice(image), direct.astype(np.float32))
+
+
+def test_a_slow_slice_holds_its_place_and_the_others_back(odd_url: str) -> None:
+    taken = 0
+
+    def stack() -> Iterator[Any]:
+        nonlocal taken
+        for index in range(60):
+            taken += 1
+            yield np.full((20, 20), 255 if index == 0 else index, np.uint8)
+
+    with Segmenter(odd_url, "slow", in_flight=2) as segmenter:
+        answers = segmenter.segment(stack())
+        first = next(answers)
+        assert taken <= 4
+        for index, answer in enumerate([first, *answers]):
+            np.testing.assert_array_equal(answer, expected(np.full((20, 20), index or 255, np.uint8)))
+    assert taken == 60
 
 
 def test_slices_are_taken_one_by_one(url: str) -> None:
@@ -99,12 +190,76 @@ def test_a_slice_of_another_kind_is_refused(url: str) -> None:
         segmenter.segment_slice(np.zeros((4, 4), np.uint16))  # type: ignore[arg-type]
 
 
-def test_a_deadline_is_a_sentence(url: str) -> None:
-    with Segmenter(url, timeout_s=20) as segmenter:
-        segmenter._timeout_s = 1e-6
-        with pytest.raises(ClientError, match="gave no answer in 1e-06 s"):
-            segmenter.segment_slice(np.zeros((60, 60), np.uint8))
-        segmenter._timeout_s = 20
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("wide", "is not a U-Net of this project"),
+        ("bare", "names no usable tile size"),
+        ("gone", "does not serve gone"),
+    ],
+)
+def test_another_model_is_refused(odd_url: str, model: str, sentence: str) -> None:
+    with pytest.raises(ClientError, match=sentence):
+        Segmenter(odd_url, model)
+
+
+def test_a_version_that_is_not_served_is_named(url: str) -> None:
+    with pytest.raises(ClientError, match="does not serve unet version 7"):
+        Segmenter(url, model_version="7")
+
+
+@pytest.mark.parametrize("shared_memory", ["on", "off"])
+def test_after_a_deadline_the_next_answer_is_right(odd_url: str, shared_memory: str) -> None:
+    slow, quick = np.full((40, 40), 255, np.uint8), RNG.integers(0, 255, (40, 40), np.uint8)
+    with Segmenter(odd_url, "slow", timeout_s=0.5, shared_memory=shared_memory) as segmenter:
+        with pytest.raises(ClientError, match=r"gave no answer in 0\.5 s: see its log, or raise --timeout_s"):
+            segmenter.segment_slice(slow)
+        segmenter._connection.timeout_s = 60
+        until = time.monotonic() + 2
+        # The late answer comes in between, and must not end up in another slice.
+        while time.monotonic() < until:
+            np.testing.assert_array_equal(segmenter.segment_slice(quick), expected(quick))
+        assert segmenter.uses_shared_memory == (shared_memory == "on")
+
+
+def test_a_slot_is_not_used_again_after_a_deadline(odd_url: str) -> None:
+    tiles = np.full((1, 1, 204, 204), 255, np.uint8)
+    with Segmenter(odd_url, "slow", timeout_s=0.5) as segmenter, segmenter.slot((1, 1, 204, 204)) as (send, shared):
+        assert shared
+        with pytest.raises(ClientError, match="gave no answer"):
+            send(tiles)
+        with pytest.raises(ClientError, match="open another"):
+            send(tiles)
+
+
+def test_forgotten_shared_memory_is_an_error_once(url: str) -> None:
+    """As after perf_analyzer, which has the server forget everyone's."""
+    import tritonclient.grpc as grpc
+
+    image = RNG.integers(0, 256, (50, 50), np.uint8)
+    with Segmenter(url, shared_memory="on", in_flight=1) as segmenter:
+        segmenter.segment_slice(image)
+        with grpc.InferenceServerClient(url) as other:
+            other.unregister_system_shared_memory()
+        with pytest.raises(ClientError, match="has forgotten this client's shared memory"):
+            segmenter.segment_slice(image)
+        np.testing.assert_array_equal(segmenter.segment_slice(image), expected(image))
+
+
+def test_too_little_shared_memory_is_done_without(url: str) -> None:
+    image = np.full((60, 60), 51, np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with Segmenter(url) as segmenter:
+            np.testing.assert_array_equal(segmenter.segment_slice(image), expected(image))
+            assert not segmenter.uses_shared_memory
+        with Segmenter(url, shared_memory="on") as segmenter:
+            with pytest.raises(ClientError, match="cannot share memory with this process"):
+                segmenter.segment_slice(image)
+            assert registered(url) == set()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_the_command_writes_what_it_should(url: str, tmp_path: Path) -> None:
@@ -171,8 +326,46 @@ def test_nothing_is_overwritten_unasked(url: str, tmp_path: Path, capsys: pytest
     assert tifffile.imread(kept).shape == (2, 20, 20)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_client_leaves_no_shared_memory(url: str, tmp_path: Path, number: int) -> None:
+def test_an_ome_stack_keeps_its_name_and_pixel_size(url: str, tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (3, 40, 50), np.uint8)
+    source = tmp_path / "cells.ome.tif"
+    tifffile.imwrite(source, images, ome=True, metadata={"axes": "ZYX", "PhysicalSizeX": 0.004, "PhysicalSizeY": 0.004})
+    assert main([str(source), "--url", url, "--quiet"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("cells.ome.tif", "cells-probability.ome.tif", "cells-overlay.png")
+    }
+    with tifffile.TiffFile(tmp_path / "cells-probability.ome.tif") as tiff:
+        assert tiff.is_ome
+        assert 'PhysicalSizeX="0.004"' in str(tiff.ome_metadata)
+        np.testing.assert_array_equal(tiff.asarray(), expected(images))
+
+
+@pytest.mark.parametrize("arguments", [["{0}", "--output", "{0}"], ["{0}", "{1}", "--output_dir", "{2}"]])
+def test_results_never_go_over_an_input_or_each_other(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    sources = [tmp_path / name / "volume.tif" for name in ("a", "b")]
+    for source in sources:
+        source.parent.mkdir()
+        tifffile.imwrite(source, np.zeros((2, 20, 20), np.uint8), photometric="minisblack")
+    line = [argument.format(*sources, tmp_path / "out") for argument in arguments]
+    assert main([*line, "--url", url, "--overwrite"]) == 2
+    assert "over what belongs to" in capsys.readouterr().err
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sources
+    assert tifffile.imread(sources[0]).dtype == np.uint8
+
+
+def test_a_server_that_stops_answering_leaves_no_half_results(odd_url: str, tmp_path: Path) -> None:
+    images = np.zeros((6, 40, 40), np.uint8)
+    images[4] = 255
+    tifffile.imwrite(tmp_path / "volume.tif", images, photometric="minisblack")
+    flags = ["--url", odd_url, "--model_name", "slow", "--timeout_s", "0.5"]
+    assert main([str(tmp_path / "volume.tif"), *flags]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["volume.tif"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_client_leaves_no_shared_memory(url: str, number: int) -> None:
     code = (
         "import sys, numpy as np; from serve.client import Segmenter; from unet.errors import command\n"
         "@command\n"
@@ -186,11 +379,19 @@ def test_an_interrupted_client_leaves_no_shared_memory(url: str, tmp_path: Path,
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "going\n"
-        assert our_segments() != set()
+        mine = f"unet-client-{process.pid}-"
+        assert len([name for name in registered(url) if name.startswith(mine)]) == 4
+        # They lost their names once the server had mapped them.
+        assert our_segments() == set()
         process.send_signal(number)
-        process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else 143)
+        try:
+            process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[signal.Signals(number)]
     assert our_segments() == set()
+    if number != signal.SIGKILL:
+        assert not [name for name in registered(url) if name.startswith(mine)]
 
 
 def test_segments_of_killed_clients_are_removed() -> None:
