@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,33 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(
     assert len(start.model.variables) == len(weights[0]) == 46
     for one, two in zip(*weights):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
+
+
+def test_sigterm_to_the_launcher_saves_on_all_ranks_and_exits_0(
+    phantom_dir: Path, tmp_path: Path, project_root: Path
+) -> None:
+    line = [str(Path(sys.executable).parent / "horovodrun"), "-np", "2", "--gloo", sys.executable]
+    flags = {
+        "exec_mode": "train",
+        "data_dir": phantom_dir,
+        "model_dir": tmp_path,
+        "optimizer": "adam",
+        "max_steps": 100_000,
+        "base_filters": 2,
+        "tile_size": 204,
+        "log_every": 1,
+    }
+    line += [str(project_root / "train" / "main.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as launcher:
+        assert launcher.stdout is not None
+        for text in launcher.stdout:
+            if "step 2 of" in text:
+                launcher.terminate()
+                break
+        rest = launcher.stdout.read()
+    assert launcher.returncode == 0
+    assert rest.count("which is saved: go on with --resume") == 1
+    assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text(encoding="utf-8"))["step"] >= 2
 
 
 @pytest.mark.parametrize(
