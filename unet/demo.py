@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
+# Marks a folder as one that the demo made and may clear.
+MARK = ".unet-demo"
 
 # Of a stack of 30 slices, fold 4 is slices 24 to 29.
 RECIPE = {
@@ -87,9 +89,12 @@ class Demo:
 
     def prepare(self, size: int) -> None:
         """Clear what a former demo left, and take the synthetic stack where there are no real slices."""
-        if self.out.exists():
+        if self.out.exists() and any(self.out.iterdir()):
+            if not (self.out / MARK).exists():
+                raise DemoError(f"{self.out} holds something that is not a former demo's: name another --out")
             shutil.rmtree(self.out)
-        self.out.mkdir(parents=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / MARK).touch()
         if (self.data_dir / "train-volume.tif").exists():
             say(f"training on the slices in {self.data_dir}")
             return
