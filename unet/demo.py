@@ -57,8 +57,8 @@ QUICK_FLAGS = {
 }
 
 REAL_DATA = (
-    "The real slices (ISBI 2012, free for non-commercial work) are in ISBI-2012-challenge.zip on ImageJ's download "
-    "site: unpack it, and run `make demo DATA_DIR=FOLDER`."
+    "The real slices (ISBI 2012, free for non-commercial work) come by `.venv/bin/python train/download_dataset.py "
+    "--data_dir data`; then run `make demo` again."
 )
 
 

@@ -18,8 +18,8 @@ QUICKER = {
     "serve/benchmark.py": "serve/benchmark.py --batch_sizes 1 --seconds 1 --requests 3",
     "make demo": "make demo DEMO_FLAGS=--quick",
 }
-# It is what runs this test.
-LEFT_OUT = "make test"
+# The one is what runs this test; the other wants the internet, and its own tests run it against a mirror of theirs.
+LEFT_OUT = ("make test", "python train/download_dataset.py --data_dir data")
 
 
 def readme_commands(text: str) -> list[str]:
@@ -36,7 +36,7 @@ def transcript(
     said = {}
     try:
         for command in readme_commands((project_root / "README.md").read_text(encoding="utf-8")):
-            if command == LEFT_OUT:
+            if command in LEFT_OUT:
                 continue
             line = command
             for slow, quick in QUICKER.items():
@@ -60,7 +60,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def test_the_quick_settings_still_fit_the_readme(project_root: Path) -> None:
     commands = "\n".join(readme_commands((project_root / "README.md").read_text(encoding="utf-8")))
-    for slow in (*QUICKER, LEFT_OUT):
+    for slow in (*QUICKER, *LEFT_OUT):
         assert re.sub(r"\s+", " ", slow) in re.sub(r"[ \t]+", " ", commands)
 
 
