@@ -86,7 +86,7 @@ class Segmenter:
             raise ClientError("batch_size and in_flight must be at least 1, timeout_s positive")
         self._in_flight, self._batch_size, self._sharing = in_flight, batch_size, shared_memory
         self._slots: list[Slot] = []
-        self._free: queue.Queue[Slot] = queue.Queue()
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._under_way: dict[object, Any] = {}
         self._connection = Connection(url, model_name, model_version, timeout_s)
@@ -196,11 +196,13 @@ class Segmenter:
                 work.failure = fault
             with self._changed:
                 work.missing -= len(tiles)
-                if work.missing == 0 or work.failure is not None:
-                    work.done.set()
-                free.put(slot)
+                done = work.missing == 0 or work.failure is not None
                 self._under_way.pop(request, None)
                 self._changed.notify_all()
+            # Not above: Ctrl-C can leave an event's inner lock taken, and `close` must still get at what is under way.
+            free.put(slot)
+            if done:
+                work.done.set()
 
         # Ctrl-C in the midst of this would leave gRPC with a call that is neither sent nor given up.
         with signals_held_back():
@@ -284,7 +286,7 @@ class Segmenter:
         for slot in self._slots:
             slot.close()
         self._slots = []
-        self._free = queue.Queue()
+        self._free = queue.SimpleQueue()
 
     def close(self) -> None:
         """Give up what is under way, have the server forget the shared memory, and hang up."""

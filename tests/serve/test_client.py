@@ -385,7 +385,7 @@ def test_an_interrupted_client_leaves_no_shared_memory(url: str, number: int) ->
         assert our_segments() == set()
         process.send_signal(number)
         try:
-            process.communicate(timeout=20)
+            process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[signal.Signals(number)]
