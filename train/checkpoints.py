@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -28,10 +30,20 @@ class Checkpoints:
         self._checkpoint = tf.train.Checkpoint(**objects)
 
     def save(self, step: int) -> None:
-        """Write the state after ``step`` steps, then point to it, then drop all but the newest few."""
+        """Write the state after ``step`` steps, then point to it, then drop all but the newest few.
+
+        Raises:
+            OSError: if the disk is full; the checkpoints before stay as they were.
+        """
         name = f"step-{step:08d}"
         with atomic_directory(self.folder / name) as aside:
-            self._checkpoint.write(str(aside / "state"))
+            try:
+                self._checkpoint.write(str(aside / "state"))
+            except tf.errors.OpError as error:
+                full = os.strerror(errno.ENOSPC)
+                if full not in str(error):
+                    raise
+                raise OSError(errno.ENOSPC, full, str(self.folder / name)) from error
             sums = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
             (aside / "manifest.json").write_text(json.dumps({"step": step, "sha256": sums}), encoding="utf-8")
         write_json(self.folder / "latest.json", {"checkpoint": name, "step": step})

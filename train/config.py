@@ -39,6 +39,7 @@ class TrainConfig:
     model_dir: str = _flag("result", "folder for everything that the run writes")
     data_dir: str = _flag("data", "folder with NAME-volume.tif and NAME-labels.tif stacks")
     batch_size: int = _flag(1, "windows per step and rank")
+    global_batch_size: int = _flag(0, "windows per step over all ranks, instead of --batch_size; 0 leaves it to that")
     max_steps: int = _flag(1000, "training steps")
     seed: int = _flag(0, "seed of the weights, the windows, their deformation and dropout")
     weight_decay: float = _flag(0.0005, "decoupled decay of the kernels: a step takes learning rate x this")
@@ -71,6 +72,7 @@ class TrainConfig:
     resume: bool = _flag(False, "go on from the newest checkpoint in --model_dir")
     tta: bool = _flag(False, "predict and evaluate with the mean over mirrorings and quarter turns")
     fp16_compression: bool = _flag(False, "send gradients between ranks as float16")
+    preview_augmentation: str = _flag("", "write a picture of the first training windows to this PNG, and do no more")
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -79,6 +81,8 @@ class TrainConfig:
         for name in ("batch_size", "max_steps", "log_every", "base_filters", "checkpoint_every", "decay_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.global_batch_size < 0:
+            raise ConfigError(f"--global_batch_size is {self.global_batch_size}; it must be positive, or 0 for none")
         if not is_valid_size(self.tile_size):
             nearest = valid_size_for(max(1, self.tile_size - CONTEXT))
             raise ConfigError(f"--tile_size {self.tile_size} is not 188 + 16k; the next such size is {nearest}")
@@ -86,6 +90,21 @@ class TrainConfig:
             raise ConfigError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if not -1 <= self.crossvalidation_idx < 5:
             raise ConfigError(f"--crossvalidation_idx is {self.crossvalidation_idx}; it must be -1 or a fold, 0 to 4")
+
+    def for_ranks(self, ranks: int) -> TrainConfig:
+        """The same settings with `batch_size` as each of so many ranks takes it.
+
+        Raises:
+            ConfigError: if the global batch cannot be shared out evenly.
+        """
+        if self.global_batch_size == 0:
+            return self
+        if self.global_batch_size % ranks:
+            raise ConfigError(
+                f"--global_batch_size {self.global_batch_size} cannot be shared out evenly over {ranks} ranks: choose "
+                f"a multiple of {ranks}, or another number of ranks"
+            )
+        return dataclasses.replace(self, batch_size=self.global_batch_size // ranks)
 
     @property
     def repeat_command(self) -> str:

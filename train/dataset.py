@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from train.augmentation import Augmentation, resample, sampling_map, shift_intensities
+from train.augmentation import NO_AUGMENTATION, Augmentation, resample, sampling_map, shift_intensities
 from unet.errors import UnetError
 from unet.geometry import output_size
 from unet.intensity import normalise, to_uint8, window_of
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import tensorflow as tf
+
+    from train.config import TrainConfig
 
 TRAIN_IMAGES = "train-volume.tif"
 TRAIN_LABELS = "train-labels.tif"
@@ -149,3 +151,8 @@ class Windows:
             lambda start: tf.data.Dataset.range(start, start + batch_size)
         )
         return numbers.map(cut, num_parallel_calls=threads).batch(batch_size, drop_remainder=True).prefetch(4)
+
+
+def windows_of(config: TrainConfig, slices: Sequence[Slice]) -> Windows:
+    """The training windows that a configuration asks for."""
+    return Windows(slices, config.tile_size, Augmentation() if config.augment else NO_AUGMENTATION, config.seed)

@@ -10,17 +10,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 from tqdm import tqdm
 
-from train.augmentation import NO_AUGMENTATION, Augmentation
 from train.checkpoints import CheckpointError, Checkpoints
 from train.config import ConfigError, TrainConfig
-from train.dataset import Slice, Windows
+from train.dataset import Slice, Windows, windows_of
 from train.evaluation import make_predictor
 from train.losses import segmentation_loss
 from train.network import build_unet
 from unet.errors import UnetError
+from unet.overlay import membrane_overlay
 from unet.scores import dice
 
 if TYPE_CHECKING:
@@ -158,12 +159,18 @@ class _Interval:
     waited_s: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.started
+
+    def img_per_s(self, global_batch: int) -> float:
+        return self.steps * global_batch / self.elapsed_s
+
     def report(self, global_batch: int) -> dict[str, float]:
-        elapsed = time.perf_counter() - self.started
         return {
             "loss": self.loss / self.steps,
-            "img_per_s": self.steps * global_batch / elapsed,
-            "input_share": self.waited_s / elapsed,
+            "img_per_s": self.img_per_s(global_batch),
+            "input_share": self.waited_s / self.elapsed_s,
         }
 
 
@@ -195,13 +202,14 @@ def train(
     """
     trainer = Trainer(config, cluster)
     first = trainer.checkpoints.restore() if config.resume else 0
+    log.rewind(first)
     if not config.resume and cluster.is_first and trainer.checkpoints.exist():
         raise CheckpointError(
             f"{trainer.checkpoints.folder} holds the checkpoints of another run: add --resume to go on from them, "
             "or choose another --model_dir"
         )
     trainer.synchronise()
-    windows = Windows(slices, config.tile_size, Augmentation() if config.augment else NO_AUGMENTATION, config.seed)
+    windows = windows_of(config, slices)
     offset = first * trainer.global_batch + cluster.rank * config.batch_size
     batches = iter(windows.batches(offset, config.batch_size, trainer.global_batch))
     predict = make_predictor(trainer.model)
@@ -215,7 +223,8 @@ def train(
             loss, others_stop = _one_step(trainer, windows, batches, step, interval, stopping=stop.asked)
             step += 1
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            rate = interval.img_per_s(trainer.global_batch)
+            bar.set_postfix(loss=f"{loss:.4f}", img_per_s=f"{rate:.2f}", refresh=False)
             last = step == config.max_steps or others_stop
             if cluster.is_first and (step % config.log_every == 0 or last):
                 figures = interval.report(trainer.global_batch)
@@ -223,8 +232,10 @@ def train(
                 log.event(step, text.format(step, config.max_steps, **figures), **figures)
                 interval = _Interval()
             if config.evaluate_every and held_out and (step % config.evaluate_every == 0 or last):
-                score = _shared_dice(cluster, predict, held_out)
+                score, first_seen = _shared_dice(cluster, predict, held_out)
                 log.event(step, f"step {step}: held-out Dice {score:.4f}", dice=score)
+                if cluster.is_first:
+                    log.picture(step, held_out[0].name, membrane_overlay(held_out[0].image, first_seen))
             if cluster.is_first and (step % config.checkpoint_every == 0 or last):
                 trainer.checkpoints.save(step)
             if others_stop:
@@ -232,11 +243,15 @@ def train(
     return TrainResult(trainer.model, step, interrupted=step < config.max_steps)
 
 
-def _shared_dice(cluster: Cluster, predict: Predictor, held_out: Sequence[Slice]) -> float:
-    """The mean Dice of the held-out slices, which the ranks share out."""
+def _shared_dice(
+    cluster: Cluster, predict: Predictor, held_out: Sequence[Slice]
+) -> tuple[float, npt.NDArray[np.float32]]:
+    """The mean Dice of the held-out slices, which the ranks share out, and this rank's first prediction."""
     mine = held_out[cluster.rank :: cluster.size]
-    total = sum(dice(predict(item.image), item.label) for item in mine)
-    return float(cluster.sum(tf.constant(total, tf.float32), name="held_out_dice")) / len(held_out)
+    predictions = [predict(item.image) for item in mine]
+    total = sum(dice(prediction, item.label) for prediction, item in zip(predictions, mine))
+    mean = float(cluster.sum(tf.constant(total, tf.float32), name="held_out_dice")) / len(held_out)
+    return mean, predictions[0] if predictions else np.empty(0, np.float32)
 
 
 def _one_step(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the trainer's modes; 0 on success, also after a SIGTERM that was followed by a checkpoint."""
     config = parse_config(argv)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow 2.15 greets with lines that look like errors
     from train.modes import run
 
     return run(config)

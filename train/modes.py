@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy.typing as npt
 import tensorflow as tf
 from tqdm import tqdm
 
+from train.charts import augmentation_sheet, learning_curve, threshold_curve
 from train.checkpoints import Checkpoints
 from train.cluster import Cluster, join_cluster
 from train.config import ConfigError, TrainConfig
-from train.dataset import TEST_IMAGES, Slice, find_pairs, fold_of, load_slices
+from train.dataset import TEST_IMAGES, Slice, find_pairs, fold_of, load_slices, windows_of
 from train.evaluation import average_over_symmetries, make_predictor
 from train.log import RunLog
 from train.loop import precision_of, train
@@ -24,6 +26,7 @@ from train.network import build_unet
 from train.saved_model import write_saved_model
 from train.throughput import measure
 from unet import __version__
+from unet.errors import say
 from unet.files import write_json
 from unet.intensity import to_uint8, window_of
 from unet.scores import score_stack
@@ -36,7 +39,17 @@ if TYPE_CHECKING:
 def run(config: TrainConfig) -> int:
     """Run the mode that the configuration names; returns the exit code."""
     cluster = join_cluster()
+    config = config.for_ranks(cluster.size)
+    if config.preview_augmentation:
+        if cluster.is_first:
+            _preview(config)
+        return 0
     log = RunLog(config.model_dir, active=cluster.is_first)
+    with contextlib.closing(log):
+        return _run_mode(config, cluster, log)
+
+
+def _run_mode(config: TrainConfig, cluster: Cluster, log: RunLog) -> int:
     if config.benchmark or config.exec_mode == "benchmark":
         _benchmark(config, cluster, log)
         return 0
@@ -53,9 +66,17 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
+def _preview(config: TrainConfig) -> None:
+    """A contact sheet of the windows that training would begin with."""
+    windows = windows_of(config, labelled_slices(config))
+    path = Path(config.preview_augmentation)
+    augmentation_sheet(windows, path)
+    say(f"the first training windows, with the membrane of their labels: {path}")
+
+
 def _benchmark(config: TrainConfig, cluster: Cluster, log: RunLog) -> None:
     """Measure what the mode would do: training, inference, or both."""
-    slices = [_with_cost(config, item) for item in _split(config)[0]]
+    slices = labelled_slices(config)
     kinds = {"train": (True,), "predict": (False,), "evaluate": (False,)}.get(config.exec_mode, (True, False))
     for training in kinds:
         name = "training" if training else "inference"
@@ -90,6 +111,8 @@ def _train(config: TrainConfig, cluster: Cluster, log: RunLog) -> bool:
     )
     costs = [_with_cost(config, item) for item in training]
     result = train(config, cluster, log, costs, held_out)
+    if cluster.is_first:
+        learning_curve(config.model_dir)
     if cluster.is_first and not result.interrupted:
         write_saved_model(result.model, Path(config.model_dir) / "saved_model")
         log.event(
@@ -114,6 +137,15 @@ def _split(config: TrainConfig) -> tuple[list[Slice], list[Slice]]:
     if not training:
         raise ConfigError(f"no slice of {config.data_dir} is left to train on: --crossvalidation_idx needs more slices")
     return training, held_out
+
+
+def labelled_slices(config: TrainConfig) -> list[Slice]:
+    """The slices to train on, with what an error at each of their pixels costs.
+
+    Raises:
+        DataError: if there are none.
+    """
+    return [_with_cost(config, item) for item in _split(config)[0]]
 
 
 def _held_out_pages(config: TrainConfig) -> dict[str, list[int]]:
@@ -166,12 +198,12 @@ def _evaluate(config: TrainConfig, log: RunLog) -> None:
         probability: npt.NDArray[np.float32] = np.stack([predict(item.image) for item in items])
         scores = score_stack(probability, np.stack([item.label for item in items]))
         kind = "held-out" if held_out else "training"
+        target = Path(config.model_dir) / "eval" / f"scores-{shape[0]}x{shape[1]}.json"
         log.event(
             "SUMMARY",
-            f"{len(items)} {kind} slices of {shape[0]} x {shape[1]}: Dice {scores.dice:.4f}, "
-            f"V_rand thin {scores.best_v_rand:.4f}, V_info thin {scores.best_v_info:.4f}, "
-            f"pixel error {scores.pixel_error:.4f}",
+            f"{len(items)} {kind} slices of {shape[0]} x {shape[1]}: {scores}",
             **scores.as_dict(),
         )
-        write_json(Path(config.model_dir) / "eval" / f"scores-{shape[0]}x{shape[1]}.json", scores.as_dict())
+        write_json(target, {"slices": len(items), "held_out": bool(held_out), **scores.as_dict()})
+        threshold_curve(scores, target)
     tf.keras.backend.clear_session()

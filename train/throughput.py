@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from train.augmentation import NO_AUGMENTATION, Augmentation
 from train.config import ConfigError, TrainConfig
-from train.dataset import Slice, Windows
+from train.dataset import Slice, windows_of
 from train.loop import Trainer
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def measure(config: TrainConfig, cluster: Cluster, slices: Sequence[Slice], *, t
         )
     trainer = Trainer(config, cluster)
     trainer.synchronise()
-    windows = Windows(slices, config.tile_size, Augmentation() if config.augment else NO_AUGMENTATION, config.seed)
+    windows = windows_of(config, slices)
     first = cluster.rank * config.batch_size
     batches = iter(windows.batches(first, config.batch_size, trainer.global_batch))
     forward = tf.function(lambda images: trainer.model(images, training=False))

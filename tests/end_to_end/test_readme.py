@@ -81,7 +81,8 @@ def test_the_demo_says_where_everything_is(
 
 
 def test_the_trainer_scores_the_fold(transcript: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    assert re.search(r"6 held-out slices of 96 x 96: Dice [\d.]+, V_rand thin", output_of(transcript, "horovodrun"))
+    said = output_of(transcript, "horovodrun")
+    assert re.search(r"6 held-out slices of 96 x 96: Dice of the membrane [\d.]+, V_rand thin", said)
 
 
 def test_the_served_probability_is_the_trained_networks(

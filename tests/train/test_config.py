@@ -87,3 +87,10 @@ def test_errors_are_one_sentence_and_exit_code_2(project_root: Path, tmp_path: P
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: --tile_size 500 is not 188 + 16k; the next such size is 508\n"
+
+
+def test_the_global_batch_is_shared_out_or_refused() -> None:
+    assert parse_config(["--global_batch_size", "6"]).for_ranks(2).batch_size == 3
+    assert parse_config(["--batch_size", "5"]).for_ranks(2).batch_size == 5
+    with pytest.raises(ConfigError, match="global_batch_size 6 cannot be shared out evenly over 4 ranks"):
+        parse_config(["--global_batch_size", "6"]).for_ranks(4)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from train.checkpoints import CheckpointError, Checkpoints
 from train.cluster import Cluster
 from train.config import ConfigError, TrainConfig
 from train.dataset import Slice
-from train.log import RunLog
+from train.log import RunLog, read_log
 from train.loop import Schedule, TrainingError, make_optimizer, precision_of, train
 from train.network import build_unet
 
@@ -30,6 +32,19 @@ def run(config: TrainConfig, slices: list[Slice]) -> list[np.ndarray]:  # type: 
         config, Cluster(), RunLog(config.model_dir, active=True), slices, slices[:1]
     ).model.get_weights()
     return weights
+
+
+def flags_of(config: TrainConfig) -> list[str]:
+    """The command's flags for a configuration."""
+    values = dataclasses.asdict(config).items()
+    switches = [f"--{name}" if value else f"--no-{name}" for name, value in values if isinstance(value, bool)]
+    return [*switches, *(f"--{name}={value}" for name, value in values if not isinstance(value, bool))]
+
+
+def run_command(config: TrainConfig, project_root: Path) -> subprocess.Popen[str]:
+    """Start the trainer in a process of its own."""
+    line = [sys.executable, str(project_root / "train" / "main.py"), *flags_of(config)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
 
 
 def test_training_lowers_the_loss(tiny: Make, slices: list[Slice]) -> None:
@@ -52,6 +67,57 @@ def test_resumed_run_equals_uninterrupted_one(tiny: Make, slices: list[Slice], t
     resumed = run(dataclasses.replace(halves, resume=True), slices)
     for left, right in zip(whole, resumed):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-7)
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(
+    tiny: Make, slices: list[Slice], project_root: Path, tmp_path: Path
+) -> None:
+    common = {"max_steps": 24, "checkpoint_every": 3, "log_every": 1, "augment": True, "dropout": 0.5}
+    whole = run_command(tiny(model_dir=str(tmp_path / "whole"), **common), project_root)
+    assert whole.wait() == 0
+    config = tiny(model_dir=str(tmp_path / "killed"), **common)
+    last = random.randint(4, 20)  # the first checkpoint is that of step 3
+    with run_command(config, project_root) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.startswith(f"step {last} of"):
+                break
+        process.kill()
+    at_death = [step for step, _ in read_log(config.model_dir) if isinstance(step, int)][-1]
+    assert 1 <= at_death < 24
+    assert run_command(dataclasses.replace(config, resume=True), project_root).wait() == 0
+    steps = [step for step, _ in read_log(config.model_dir) if isinstance(step, int)]
+    assert steps == list(range(1, 25))
+    ends = [build_unet(2), build_unet(2)]
+    for folder, model in zip(("whole", "killed"), ends):
+        assert Checkpoints(tmp_path / folder, model=model).restore(partial=True) == 24
+    for left, right in zip(ends[0].get_weights(), ends[1].get_weights()):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-6, err_msg=f"killed after step {at_death}")
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, for a small disk of its own")
+def test_a_full_disk_keeps_the_last_good_checkpoint(tiny: Make, project_root: Path, tmp_path: Path) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    kept.mkdir()
+    flags = flags_of(tiny(model_dir=str(disk), max_steps=100, checkpoint_every=10))
+    script = (
+        'mount -t tmpfs -o size=1m tmpfs "$1" || exit 77; disk=$1 kept=$2; shift 2; '
+        '"$@"; code=$?; cp -r "$disk/." "$kept"; exit $code'
+    )
+    line = ["unshare", "-rm", "sh", "-c", script, "sh", str(disk), str(kept), sys.executable]
+    done = subprocess.run(
+        [*line, str(project_root / "train" / "main.py"), *flags], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this machine lets nobody mount a disk of their own")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: the disk is full while writing")
+    assert done.stderr.count("\n") == 1
+    model = build_unet(2)
+    step = Checkpoints(kept, model=model).restore(partial=True)
+    assert step >= 10
+    assert not list((kept / "checkpoints").glob(".*"))
 
 
 def test_a_run_does_not_overwrite_another(tiny: Make, slices: list[Slice]) -> None:
@@ -125,9 +191,7 @@ def test_an_overflow_is_skipped_and_the_loss_scale_recovers(tiny: Make) -> None:
 
 def test_sigterm_saves_at_the_step_boundary_and_exits_0(tiny: Make, project_root: Path) -> None:
     config = tiny(max_steps=100_000, log_every=1)
-    flags = [f"--{name}={value}" for name, value in dataclasses.asdict(config).items() if not isinstance(value, bool)]
-    line = [sys.executable, str(project_root / "train" / "main.py"), *flags]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+    with run_command(config, project_root) as process:
         assert process.stdout is not None
         for text in process.stdout:
             if text.startswith("step 2 of"):
@@ -142,8 +206,7 @@ def test_sigterm_saves_at_the_step_boundary_and_exits_0(tiny: Make, project_root
 
 def test_train_predict_and_evaluate_by_the_command(tiny: Make, project_root: Path) -> None:
     config = tiny(exec_mode="train_and_predict", crossvalidation_idx=4)
-    flags = [f"--{name}={value}" for name, value in dataclasses.asdict(config).items() if not isinstance(value, bool)]
-    line = [sys.executable, str(project_root / "train" / "main.py"), *flags]
+    line = [sys.executable, str(project_root / "train" / "main.py"), *flags_of(config)]
     subprocess.run(line, check=True)
     written = {path.relative_to(config.model_dir).as_posix() for path in Path(config.model_dir).rglob("*")}
     assert {"config.json", "saved_model/saved_model.pb", "eval/test-probability.tif"} <= written

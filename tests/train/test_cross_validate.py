@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+LINE = [sys.executable, "train/cross_validate.py"]
+FLAGS = ["--base_filters=2", "--tile_size=188", "--max_steps=2", "--checkpoint_every=1"]
+
+
+def run(project_root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LINE, *flags], cwd=project_root, capture_output=True, text=True, check=False)
+
+
+def test_a_wrong_flag_is_named_before_anything_is_trained(project_root: Path, tmp_path: Path) -> None:
+    done = run(project_root, f"--model_dir={tmp_path / 'folds'}", "--max_steps=0")
+    assert done.returncode == 2
+    assert done.stderr == "error: --max_steps is 0; it must be at least 1\n"
+    assert not (tmp_path / "folds").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_fold_is_trained_once_and_scored(project_root: Path, phantom_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folds"
+    flags = [f"--model_dir={out}", f"--data_dir={phantom_dir}", *FLAGS]
+    # A fold that has lost its scores, and so was not finished, goes on; the others are read.
+    for lost in (None, "fold-3"):
+        if lost is not None:
+            shutil.rmtree(out / lost / "eval")
+            made = {path: os.stat(path).st_mtime_ns for path in out.glob("fold-*/eval/*.json")}
+        done = run(project_root, *flags)
+        assert done.returncode == 0, done.stderr
+        with (out / "folds.csv").open(newline="") as stream:
+            rows = {row["fold"]: row for row in csv.DictReader(stream)}
+        assert list(rows) == ["0", "1", "2", "3", "4", "mean", "standard deviation"]
+        scores = [json.loads(path.read_text()) for path in sorted(out.glob("fold-*/eval/scores-96x96.json"))]
+        assert [one["held_out"] for one in scores] == [True] * 5
+        for name in ("best_v_rand", "dice"):
+            values = [one[name] for one in scores]
+            assert float(rows["mean"][name]) == pytest.approx(np.mean(values))
+            assert float(rows["standard deviation"][name]) == pytest.approx(np.std(values, ddof=1))
+        assert f"| mean | {float(rows['mean']['best_v_rand']):.4f} |" in done.stdout
+    assert done.stdout.count("scored already") == 4
+    assert {path: os.stat(path).st_mtime_ns for path in made} == made
+    held_out = [json.loads((out / f"fold-{k}" / "config.json").read_text())["held_out"] for k in range(5)]
+    assert [pages["train-volume.tif"] for pages in held_out] == [[0], [1], [2], [3], [4]]

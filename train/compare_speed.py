@@ -1,0 +1,229 @@
+"""Ratios of training speed, each from one interleaved run: ``python train/compare_speed.py [flags of main.py]``.
+
+* our step against Keras' own ``fit``: the same network, batch, loss, optimizer, precision and input;
+* bfloat16 against float32;
+* two ranks against one process with the same global batch and all cores;
+* what cutting a training window costs, with and without augmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.config import TrainConfig, parse_config
+from unet.errors import UnetError, command, say
+from unet.files import write_json
+from unet.processes import child
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from train.dataset import Slice
+
+MAIN = Path(__file__).with_name("main.py")
+
+
+class ComparisonError(UnetError):
+    """A run that could not be measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """One figure over another, round by round."""
+
+    name: str
+    unit: str
+    numerators: tuple[float, ...]
+    denominators: tuple[float, ...]
+
+    @property
+    def rounds(self) -> list[float]:
+        """The ratio in each round."""
+        return sorted(over / under for over, under in zip(self.numerators, self.denominators))
+
+    @property
+    def median(self) -> float:
+        """The ratio in the middle round."""
+        return statistics.median(self.rounds)
+
+    def __str__(self) -> str:
+        over, under = statistics.median(self.numerators), statistics.median(self.denominators)
+        return (
+            f"| {self.name} | {over:.4g} / {under:.4g} {self.unit} | {self.median:.3f} | "
+            f"{self.rounds[0]:.3f} to {self.rounds[-1]:.3f} |"
+        )
+
+
+def interleave(subjects: dict[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
+    """Call each subject once in each round, so that a slow moment of the machine meets all; what they returned."""
+    found: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            found[name].append(subject())
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def our_steps(config: TrainConfig, slices: Sequence[Slice], steps: int) -> Callable[[], float]:
+    """Runs that many of our training steps; seconds a step."""
+    from train.cluster import Cluster
+    from train.dataset import windows_of
+    from train.loop import Trainer
+
+    trainer = Trainer(config, Cluster())
+    batches = iter(windows_of(config, slices).batches(0, config.batch_size, config.batch_size))
+    trainer.step(0, next(batches)).numpy()
+
+    def run() -> float:
+        started = time.perf_counter()
+        for number in range(steps):
+            trainer.step(number, next(batches)).numpy()
+        return (time.perf_counter() - started) / steps
+
+    return run
+
+
+def keras_steps(config: TrainConfig, slices: Sequence[Slice], steps: int) -> Callable[[], float]:
+    """Runs that many steps of Keras' own loop on the same network and windows; seconds a step."""
+    import tensorflow as tf
+
+    from train.dataset import windows_of
+    from train.loop import make_optimizer, precision_of
+    from train.network import build_unet
+
+    precision = precision_of(config)
+    model = build_unet(config.base_filters, config.dropout, precision=precision, seed=config.seed)
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(make_optimizer(config, precision), loss)
+    batches = windows_of(config, slices).batches(0, config.batch_size, config.batch_size)
+    clock = _StepClock()
+    model.fit(batches, steps_per_epoch=1, verbose=0)
+
+    def run() -> float:
+        # Each call starts its input anew, which is not timed: the clock runs from the end of the first step.
+        model.fit(batches, steps_per_epoch=steps + 1, verbose=0, callbacks=[clock.callback])
+        return clock.seconds / steps
+
+    return run
+
+
+class _StepClock:
+    """Seconds from the end of the first step of an epoch to its end."""
+
+    def __init__(self) -> None:
+        import tensorflow as tf
+
+        self.seconds = self._started = 0.0
+        self.callback: Any = tf.keras.callbacks.LambdaCallback(on_batch_end=self._note)
+
+    def _note(self, batch: int, logs: object) -> None:
+        if batch == 0:
+            self._started = time.perf_counter()
+        self.seconds = time.perf_counter() - self._started
+
+
+def windows_cost(config: TrainConfig, slices: Sequence[Slice], count: int) -> Callable[[], float]:
+    """Cuts that many training windows on one thread; seconds a window."""
+    from train.dataset import windows_of
+
+    windows = windows_of(config, slices)
+
+    def run() -> float:
+        started = time.perf_counter()
+        for number in range(count):
+            windows.window(number)
+        return (time.perf_counter() - started) / count
+
+    return run
+
+
+def throughput(config: TrainConfig, ranks: int, steps: int) -> Callable[[], float]:
+    """Runs the trainer's benchmark on so many ranks, in processes of their own; images per second."""
+    from train.log import read_log
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = dataclasses.replace(
+                config, exec_mode="train", benchmark=True, warmup_steps=3, max_steps=steps + 3, model_dir=folder
+            )
+            write_json(Path(folder) / "config.json", {"settings": dataclasses.asdict(settings)})
+            line = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(ranks), "--gloo"] if ranks > 1 else []
+            line += [sys.executable, str(MAIN), "--config", str(Path(folder) / "config.json")]
+            log = Path(folder) / "said.txt"
+            with child(line, log=log) as trainer:
+                trainer.wait()
+            if trainer.returncode != 0:
+                raise ComparisonError(f"{ranks} ranks could not be measured: {log.read_text(encoding='utf-8')[-500:]}")
+            (figures,) = (data for _, data in read_log(folder) if "training_img_per_s" in data)
+            return float(figures["training_img_per_s"])
+
+    return run
+
+
+def compare(config: TrainConfig, rounds: int, steps: int) -> list[Ratio]:
+    """All ratios for one configuration, whose global batch is two windows."""
+    from train.modes import labelled_slices
+
+    slices = labelled_slices(config)
+    precisions = {"float32": False, "bfloat16": True}
+    configs = {name: dataclasses.replace(config, use_amp=amp) for name, amp in precisions.items()}
+    subjects: dict[str, Callable[[], float]] = {}
+    for name, one in configs.items():
+        subjects[f"ours {name}"] = our_steps(one, slices, steps)
+        subjects[f"Keras {name}"] = keras_steps(one, slices, steps)
+    for augment in (True, False):
+        subjects[f"window {augment}"] = windows_cost(dataclasses.replace(config, augment=augment), slices, 20)
+    found = interleave(subjects, rounds)
+    shared = dataclasses.replace(config, global_batch_size=2, use_amp=True)
+    found |= interleave({f"{ranks} ranks": throughput(shared, ranks, steps) for ranks in (2, 1)}, rounds)
+    scaled = {name: tuple(1e3 * value for value in values) for name, values in found.items()}
+    return [
+        Ratio("our step / Keras fit, float32", "ms", scaled["ours float32"], scaled["Keras float32"]),
+        Ratio("our step / Keras fit, bfloat16", "ms", scaled["ours bfloat16"], scaled["Keras bfloat16"]),
+        Ratio("bfloat16 step / float32 step", "ms", scaled["ours bfloat16"], scaled["ours float32"]),
+        Ratio("augmented window / plain window, one thread", "ms", scaled["window True"], scaled["window False"]),
+        Ratio("2 ranks / 1 process, batch 2 in all, bfloat16", "img/s", found["2 ranks"], found["1 ranks"]),
+    ]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, and write everything as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="train/compare_speed.py",
+        description="Ratios of training speed. All other flags are those of train/main.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="each subject is measured so many times, in turn")
+    parser.add_argument("--steps", type=int, default=10, help="steps in each measurement")
+    parser.add_argument("--out", type=Path, default=Path("train_speed.json"), help="file for all figures")
+    chosen, flags = parser.parse_known_args(argv)
+    config = parse_config(["--augment", *flags])
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    ratios = compare(config, chosen.rounds, chosen.steps)
+    write_json(
+        chosen.out,
+        {
+            "settings": dataclasses.asdict(config),
+            "ratios": [{**dataclasses.asdict(ratio), "median": ratio.median} for ratio in ratios],
+        },
+    )
+    say(
+        f"{config.base_filters} filters, windows of {config.tile_size}, batch {config.batch_size}, "
+        f"{len(os.sched_getaffinity(0))} cores"
+    )
+    say("| ratio | medians | median ratio | over the rounds |\n|---|---|---:|---|")
+    say("\n".join(map(str, ratios)))
+    say(f"all figures: {chosen.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
