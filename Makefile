@@ -9,6 +9,7 @@ export DATA_DIR ?= data
 PROFILE ?= cpu
 
 HOROVOD := 0.28.1
+TORCH := torch==2.13.0;python_version>='3.10' torch==2.8.0;python_version<'3.10'
 WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton/wheels
 
 # The newest Python that TensorFlow 2.15 supports; another can be named with PYTHON=.
@@ -68,6 +69,18 @@ serve: install  ## the published model on Triton until Ctrl-C; with BACKGROUND=1
 stop: install  ## stop what `make serve` started
 	@$(BIN)/python serve/triton.py stop
 
+.PHONY: peers-install
+peers-install: .venv-peers/.installed  ## PyTorch for `make peers`, in an environment of its own
+
+.venv-peers/.installed: Makefile | check-tools
+	@[ -x .venv-peers/bin/python ] || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install -qq $(foreach one,$(TORCH),"$(one)") 'numpy<2'
+	@touch $@
+
+.PHONY: peers
+peers: install peers-install  ## the same network by TensorFlow, ONNX Runtime, OpenVINO and PyTorch (PEERS_FLAGS=)
+	@$(BIN)/python serve/peers.py $(PEERS_FLAGS)
+
 .PHONY: constraints
 constraints: install  ## resolve constraints.txt anew, for every supported Python
 	@$(BIN)/python -m pip install -qq uv
@@ -77,4 +90,4 @@ constraints: install  ## resolve constraints.txt anew, for every supported Pytho
 
 .PHONY: clean
 clean:  ## remove what was built, but not data/ nor results
-	@rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	@rm -rf $(VENV) .venv-peers .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
