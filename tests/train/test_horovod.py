@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from train.install_horovod import build_environment
 
 
-def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, project_root: Path) -> None:
+def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, project_root: Path, *more: str) -> None:
     """Four steps with everything that is random switched on."""
     python = [sys.executable, str(project_root / "train" / "main.py")]
     launcher = [str(Path(sys.executable).parent / "horovodrun"), "-np", str(ranks), "--gloo"] if ranks > 1 else []
@@ -29,7 +30,7 @@ def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, proje
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
     done = subprocess.run(
-        [*launcher, *python, *words, "--augment"], capture_output=True, text=True, check=False, timeout=240
+        [*launcher, *python, *words, "--augment", *more], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{ranks} ranks x {batch_size} windows" in done.stdout
@@ -51,6 +52,35 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(
     assert len(start.model.variables) == len(weights[0]) == 46
     for one, two in zip(*weights):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compressed_gradients_are_rounded_and_no_more(phantom_dir: Path, tmp_path: Path, project_root: Path) -> None:
+    import tensorflow as tf
+
+    weights = []
+    for more in ([], ["--fp16_compression"]):
+        result = tmp_path / f"result-{len(more)}"
+        train_on(2, 1, phantom_dir, result, project_root, *more)
+        variables = tf.saved_model.load(str(result / "saved_model")).model.variables
+        weights.append(np.concatenate([v.numpy().ravel() for v in variables]))
+    difference = np.abs(weights[0] - weights[1]).max()
+    # float16 keeps 11 bits of a gradient.
+    assert 1e-8 < difference < 1e-3
+
+
+def test_one_process_needs_no_horovod_and_one_of_several_says_so(
+    phantom_dir: Path, tmp_path: Path, project_root: Path
+) -> None:
+    without = "import runpy, sys; sys.modules['horovod'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import sys; sys.argv = sys.argv[1:]; {without}"
+    flags = ["--exec_mode=train", f"--data_dir={phantom_dir}", f"--model_dir={tmp_path}", "--max_steps=1"]
+    line = [sys.executable, "-c", code, "train/main.py", *flags, "--base_filters=2", "--tile_size=188"]
+    for ranks, exit_code in (({}, 0), ({"HOROVOD_RANK": "0"}, 2)):
+        environment = {**os.environ, "PYTHONPATH": str(project_root), **ranks}
+        done = subprocess.run(line, cwd=project_root, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == exit_code, done.stderr
+    assert done.stderr.startswith("error: this is one of several ranks but Horovod cannot be loaded")
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
