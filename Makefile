@@ -69,6 +69,14 @@ serve: install  ## the published model on Triton until Ctrl-C; with BACKGROUND=1
 stop: install  ## stop what `make serve` started
 	@$(BIN)/python serve/triton.py stop
 
+.PHONY: install-rtx
+install-rtx: install  ## TensorRT-RTX (proprietary), whose builder checks graph and profiles without a GPU
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[rtx]'
+
+.PHONY: v100-report
+v100-report: install  ## on a machine with a V100: build the plan, prove it, measure it (REPORT_FLAGS=)
+	@$(BIN)/python export/gpu_report.py --target v100 $(REPORT_FLAGS)
+
 .PHONY: peers-install
 peers-install: .venv-peers/.installed  ## PyTorch for `make peers`, in an environment of its own
 
@@ -85,7 +93,7 @@ peers: install peers-install  ## the same network by TensorFlow, ONNX Runtime, O
 constraints: install  ## resolve constraints.txt anew, for every supported Python
 	@$(BIN)/python -m pip install -qq uv
 	@$(BIN)/uv pip compile -q --universal --python-version 3.9 --python $(BIN)/python --index-strategy unsafe-best-match \
-	--no-annotate --custom-compile-command "make constraints" --extra train --extra export --extra serve --extra dev \
+	--no-annotate --custom-compile-command "make constraints" --extra train --extra export --extra serve --extra rtx --extra dev \
 	pyproject.toml -o constraints.txt
 
 .PHONY: clean

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.targets import TARGETS
 from unet.errors import UnetError, command, say
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--target",
-        choices=("cpu", "v100"),
+        choices=("cpu", *TARGETS),
         default="cpu",
-        help="cpu: choose the fastest engine here; v100: leave the command that builds a TensorRT plan there",
+        help="cpu: choose the fastest engine here; a GPU: build its TensorRT plan, on the machine that has it",
     )
     parser.add_argument(
         "--tile_sizes",
@@ -61,6 +62,8 @@ def data_folder(named: Path | None) -> Path | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export from the command line."""
     args = parse_arguments(argv)
+    from export.engine_build import EngineBuildError, build_into
+    from export.engine_run import EngineRunError
     from export.pipeline import ExportConfig, export_model
     from export.trtexec import SCRIPT
 
@@ -75,11 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for artefact in card.artefacts.values():
         say(f"{artefact.sha256[:12]}  {card.folder / artefact.file}")
     say(f"{'':12}  {card.folder / 'card.md'}")
-    if args.target == "v100":
-        raise TargetError(
-            f"the ONNX files are proven and in {args.out}, but this version builds no TensorRT plan: "
-            f"on the machine with the V100 and TensorRT 10.4 run sh {args.out / SCRIPT}"
-        )
+    if args.target != "cpu":
+        try:
+            say(f"{'':12}  {build_into(args.out, args.target)}")
+        except (EngineBuildError, EngineRunError) as error:
+            raise TargetError(
+                f"the ONNX files are proven and in {args.out}, but there is no TensorRT plan: {error}; or run "
+                f"{args.out / SCRIPT} with trtexec on the machine with the GPU"
+            ) from error
     return 0
 
 

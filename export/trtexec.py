@@ -39,8 +39,8 @@ def write_script(folder: Path, model: str, tile_sizes: Sequence[int]) -> Path:
     path = folder / SCRIPT
     text = (
         "#!/bin/sh\n"
-        f"# Builds {PLAN} beside this script. Run it on the machine with the V100 (compute capability 7.0) and\n"
-        "# TensorRT 10.4, the last release for it: a plan fits only the GPU and the TensorRT that built it.\n"
+        f"# Builds {PLAN} beside this script, as export/engine_build.py does. Run it on the machine that will serve:\n"
+        "# a plan fits only the GPU and the TensorRT that built it. TensorRT 10.4 is the last release for a V100.\n"
         "set -eu\n"
         'cd "$(dirname "$0")"\n'
         f"exec {plan_command(model, PLAN, tile_sizes)}\n"
