@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from export import trtexec
 from export.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine
-from export.graph import INPUT, LOGITS, base_filters, with_logits, write_model
+from export.graph import INPUT, LOGITS, base_filters, read_model, with_logits, write_model
 from export.half_precision import to_half
 from export.parity import HALF, SAME_TYPE, Comparison, compare
 from export.parity import LOGITS as LOGITS_TOLERANCE
 from export.provenance import card_page, machine, shell, tensorflow_package, versions
-from export.reference import Reference, parameter_count
+from export.reference import Outputs
 from export.tiles import Tiles, gather_tiles
-from export.to_onnx import convert
 from unet.card import CARD_FILE, Card
 from unet.cpu_engine import CpuEngine, EngineChoice
 from unet.errors import UnetError
 from unet.files import atomic_directory, atomic_file
 from unet.geometry import output_size
+from unet.processes import child
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy as np
     import onnx
     from numpy.typing import NDArray
 
@@ -94,13 +97,13 @@ class Exporter:
         tiles = gather_tiles(self.config.data_dir, self.config.tile_sizes, run_config.get("held_out", {}))
         self._say(f"measuring on {tiles.count} tiles: {tiles.source}")
         saved_model = self._copy_saved_model(run_config)
-        reference = Reference(saved_model)
-        self.expected[SAVED_MODEL_NAME] = [reference.probability(batch) for batch in tiles.batches]
-        self._say(f"SavedModel: {parameter_count(saved_model):,} parameters")
-        model = self._to_onnx(saved_model, reference, tiles)
+        reference = self._run_saved_model(saved_model, tiles)
+        self.expected[SAVED_MODEL_NAME] = reference.probability
+        self._say(f"SavedModel: {reference.parameters:,} parameters")
+        model = self._to_onnx(reference, tiles)
         self.card.model = {
             "base_filters": base_filters(model),
-            "parameters": parameter_count(saved_model),
+            "parameters": reference.parameters,
             "training": run_config.get("settings", {}),
             "machine": machine(),
             "parity_tiles": tiles.source,
@@ -122,18 +125,39 @@ class Exporter:
         self.card.record("saved_model", path, None, repeat, versions=made_with, held_out=run_config.get("held_out", {}))
         return path
 
-    def _to_onnx(self, saved_model: Path, reference: Reference, tiles: Tiles) -> onnx.ModelProto:
+    def _run_saved_model(self, saved_model: Path, tiles: Tiles) -> Outputs:
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            asked, answered = Path(name) / "tiles.npz", Path(name) / "outputs.npz"
+            np.savez(asked, *tiles.batches)
+            self._in_own_process("export.reference", saved_model, asked, answered)
+            return Outputs.read(answered)
+
+    def _in_own_process(self, module: str, *arguments: Path) -> None:
+        """Run a step that needs TensorFlow, which gives its gigabytes back to the system only when it ends.
+
+        Raises:
+            ExportError: with the step's own last words.
+        """
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            log = Path(name) / "log"
+            with child([sys.executable, "-m", module, *map(str, arguments)], log=log) as process:
+                process.wait()
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if process.returncode != 0:
+            last = said[-1] if said else f"it ended with exit code {process.returncode}"
+            raise ExportError(last[len("error: ") :] if last.startswith("error: ") else f"{module} failed: {last}")
+
+    def _to_onnx(self, reference: Outputs, tiles: Tiles) -> onnx.ModelProto:
         path = self.folder / SINGLE
-        model = convert(saved_model)
-        write_model(model, path)
+        self._in_own_process("export.to_onnx", self.folder / SAVED_MODEL, path)
+        model = read_model(path)
         command = shell("python", "-m", "export.to_onnx", SAVED_MODEL, SINGLE)
         used = versions(tensorflow_package(), "tf2onnx", "onnx", "numpy")
         self.card.record("onnx", path, "saved_model", command, versions=used)
         # One tile of each size: the logits are as many as the probabilities are not.
         firsts = [batch[:1] for batch in tiles.batches]
         found = _run_logits(model, firsts)
-        expected = [reference.logits(batch) for batch in firsts]
-        self._prove(compare(SINGLE_NAME, SAVED_MODEL_NAME, found, expected, LOGITS_TOLERANCE))
+        self._prove(compare(SINGLE_NAME, SAVED_MODEL_NAME, found, reference.first_logits, LOGITS_TOLERANCE))
         self._prove_file(SINGLE_NAME, path, tiles, SAME_TYPE)
         return model
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unet.errors import UnetError
+from unet.errors import UnetError, command
 from unet.intensity import normalise
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 SIGNATURES = ("serving_default", "network")
@@ -81,6 +86,33 @@ class Reference:
         return np.ascontiguousarray(np.moveaxis(result, -1, 1))
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What a SavedModel makes of tiles.
+
+    Attributes:
+        probability: for each batch of tiles, float16 [N, 1, S - 184, S - 184].
+        first_logits: of each batch's first tile, float32 [1, 2, S - 184, S - 184].
+        parameters: number of trained weights.
+    """
+
+    probability: list[NDArray[np.float16]]
+    first_logits: list[NDArray[np.float32]]
+    parameters: int
+
+    @classmethod
+    def read(cls, path: Path) -> Outputs:
+        """Read what `main` wrote."""
+        with np.load(path) as stored:
+            count = len(stored.files) // 2
+            batches = range(count)
+            return cls(
+                [stored[f"probability_{index}"] for index in batches],
+                [stored[f"logits_{index}"] for index in batches],
+                int(stored["parameters"]),
+            )
+
+
 def parameter_count(path: str | os.PathLike[str]) -> int:
     """Number of trained weights in a SavedModel."""
     tf = import_tensorflow()
@@ -89,3 +121,25 @@ def parameter_count(path: str | os.PathLike[str]) -> int:
         for name, shape in tf.train.list_variables(str(Path(path) / "variables" / "variables"))
         if "_CHECKPOINTABLE_OBJECT_GRAPH" not in name and len(shape) > 0
     )
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a SavedModel on stored tiles: ``python -m export.reference SAVED_MODEL TILES.npz OUTPUTS.npz``."""
+    parser = argparse.ArgumentParser(prog="export.reference", description="Run a SavedModel on stored tiles.")
+    parser.add_argument("saved_model", type=Path)
+    parser.add_argument("tiles", type=Path, help=".npz of batches, uint8 [N, 1, S, S] each")
+    parser.add_argument("outputs", type=Path, help=".npz to write")
+    chosen = parser.parse_args(argv)
+    reference = Reference(chosen.saved_model)
+    values: dict[str, Any] = {"parameters": parameter_count(chosen.saved_model)}
+    with np.load(chosen.tiles) as batches:
+        for index, name in enumerate(batches.files):
+            values[f"probability_{index}"] = reference.probability(batches[name])
+            values[f"logits_{index}"] = reference.logits(batches[name][:1])
+    np.savez(chosen.outputs, **values)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
