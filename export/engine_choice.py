@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from export.scoring import Change, Judge
     from export.tiles import Tiles
 
 # Each engine has at least 3 turns, then turns go on up to these.
@@ -38,6 +39,22 @@ class Candidate:
     tolerance: Tolerance
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The engine that was chosen, and why.
+
+    Attributes:
+        comparisons: of every engine, tile by tile.
+        changes: of every engine, in scores of held-out slices, where there are any.
+        rates: tiles of the first size per second, one at a time, of those that agree.
+    """
+
+    engine: Engine
+    comparisons: list[Comparison]
+    changes: list[Change]
+    rates: dict[str, float]
+
+
 def candidate(choice: EngineChoice, single: Path, half: Path) -> Candidate:
     """The file that suits an engine, and how far its output may be from the SavedModel's.
 
@@ -55,7 +72,8 @@ def choose_engine(
     tiles: Tiles,
     expected: Mapping[str, Sequence[NDArray[Any]]],
     choices: Sequence[EngineChoice] | None = None,
-) -> tuple[Engine, list[Comparison], dict[str, float]]:
+    judge: Judge | None = None,
+) -> Selection:
     """Load, prove and time every engine that this CPU supports.
 
     Args:
@@ -64,15 +82,17 @@ def choose_engine(
         tiles: what to run on.
         expected: probability by what gave it: of the SavedModel and of both files.
         choices: engines to consider; None for all that this CPU supports.
+        judge: scores held-out slices, where there are any.
 
     Returns:
-        The fastest that agrees, all comparisons, and tiles of the first size per second by engine.
+        The fastest that agrees, and what was measured of all.
 
     Raises:
         ParityError: none agrees; with the figure of the last.
     """
     engines: dict[EngineChoice, CpuEngine] = {}
     comparisons: list[Comparison] = []
+    changes: list[Change] = []
     fault = "there was none to try"
     candidates = {c: candidate(c, single, half) for c in (supported_choices() if choices is None else choices)}
     for choice, entry in candidates.items():
@@ -82,6 +102,9 @@ def choose_engine(
             for name in (SAVED_MODEL_NAME, entry.parent):
                 comparisons.append(compare(str(choice), name, found, expected[name], entry.tolerance))
                 comparisons[-1].check()
+            if judge is not None:
+                changes.append(judge.judge(str(choice), engine.infer, entry.tolerance.score_ratio))
+                changes[-1].check()
         except (EngineError, ParityError) as error:
             log.warning("%s is not used: %s", choice, error)
             fault = str(error)
@@ -92,7 +115,7 @@ def choose_engine(
     rates = measure(engines, tiles)
     best = max(rates, key=lambda choice: rates[choice])
     chosen = Engine(best.kind, best.precision, candidates[best].path.name, round(rates[best], 3))
-    return chosen, comparisons, {str(choice): round(rate, 3) for choice, rate in rates.items()}
+    return Selection(chosen, comparisons, changes, {str(choice): round(rate, 3) for choice, rate in rates.items()})
 
 
 def measure(engines: Mapping[EngineChoice, CpuEngine], tiles: Tiles) -> dict[EngineChoice, float]:

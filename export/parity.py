@@ -28,12 +28,14 @@ class Tolerance:
         max_difference: of any pixel.
         flipped_share: share of pixels that change sides.
         reason: why these figures.
+        score_ratio: share of V_rand and V_info that must stay.
     """
 
     quantity: str
     max_difference: float
     flipped_share: float
     reason: str
+    score_ratio: float = 0.9999
 
 
 LOGITS = Tolerance("logits", 1e-5, 1e-5, "float32 on both sides: only the order of summation differs")
@@ -41,9 +43,11 @@ SAME_TYPE = Tolerance(
     "probability", 5e-4, 1e-5, "equal logits may still round to neighbouring float16 numbers, at most 2^-11 apart"
 )
 HALF = Tolerance(
-    "probability", 5e-3, 1e-3, "weights and activations of 11 significant bits through 19 3x3 convolutions"
+    "probability", 5e-3, 1e-3, "weights and activations of 11 significant bits through 19 3x3 convolutions", 0.999
 )
-BFLOAT = Tolerance("probability", 4e-2, 8e-3, "8 significant bits, three fewer than float16: eight times its tolerance")
+BFLOAT = Tolerance(
+    "probability", 4e-2, 8e-3, "8 significant bits, three fewer than float16: eight times its tolerance", 0.995
+)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from export import trtexec
 from export.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine
 from export.graph import INPUT, LOGITS, base_filters, read_model, with_logits, write_model
 from export.half_precision import to_half
-from export.parity import HALF, SAME_TYPE, Comparison, compare
+from export.parity import HALF, SAME_TYPE, Comparison, Tolerance, compare
 from export.parity import LOGITS as LOGITS_TOLERANCE
 from export.provenance import card_page, machine, shell, tensorflow_package, versions
 from export.reference import Outputs
+from export.scoring import Change, Judge, gather_scored
 from export.tiles import Tiles, gather_tiles
 from unet.card import CARD_FILE, Card
 from unet.cpu_engine import CpuEngine, EngineChoice
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SAVED_MODEL, SINGLE, HALF_FILE, PAGE = "saved_model", "model.onnx", "model.fp16.onnx", "card.md"
+WORST = "worst_slice.png"
 ORT = EngineChoice("onnxruntime", "f32")
 
 
@@ -88,17 +90,24 @@ class Exporter:
         self.folder = folder
         self.report = report
         self.expected: dict[str, list[NDArray[Any]]] = {}
+        self._judge: Judge | None = None
+        self._changes: list[dict[str, Any]] = []
         self._started = time.monotonic()
 
     def run(self) -> None:
         """Every step, each of which raises where it is not its parent within the tolerance."""
         run_config = _read_run_config(self.config.model_dir)
         self.card.tile_sizes = self.config.tile_sizes
-        tiles = gather_tiles(self.config.data_dir, self.config.tile_sizes, run_config.get("held_out", {}))
+        held_out = run_config.get("held_out", {})
+        tiles = gather_tiles(self.config.data_dir, self.config.tile_sizes, held_out)
         self._say(f"measuring on {tiles.count} tiles: {tiles.source}")
+        scored = gather_scored(self.config.data_dir, self.config.tile_sizes, held_out)
         saved_model = self._copy_saved_model(run_config)
-        reference = self._run_saved_model(saved_model, tiles)
-        self.expected[SAVED_MODEL_NAME] = reference.probability
+        reference = self._run_saved_model(saved_model, [*tiles.batches, *(scored.tiles() if scored else [])])
+        self.expected[SAVED_MODEL_NAME] = reference.probability[: len(tiles.batches)]
+        if scored:
+            self._judge = Judge.of(scored, scored.assemble(reference.probability[len(tiles.batches) :]))
+            self._say(f"SavedModel on {len(scored.images)} held-out slices: {self._judge.before}")
         self._say(f"SavedModel: {reference.parameters:,} parameters")
         model = self._to_onnx(reference, tiles)
         self.card.model = {
@@ -107,6 +116,7 @@ class Exporter:
             "training": run_config.get("settings", {}),
             "machine": machine(),
             "parity_tiles": tiles.source,
+            "scores": self._changes,
         }
         self._to_half(model, tiles)
         if self.config.target == "cpu":
@@ -125,10 +135,10 @@ class Exporter:
         self.card.record("saved_model", path, None, repeat, versions=made_with, held_out=run_config.get("held_out", {}))
         return path
 
-    def _run_saved_model(self, saved_model: Path, tiles: Tiles) -> Outputs:
+    def _run_saved_model(self, saved_model: Path, batches: Sequence[NDArray[np.uint8]]) -> Outputs:
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             asked, answered = Path(name) / "tiles.npz", Path(name) / "outputs.npz"
-            np.savez(asked, *tiles.batches)
+            np.savez(asked, *batches)
             self._in_own_process("export.reference", saved_model, asked, answered)
             return Outputs.read(answered)
 
@@ -157,7 +167,8 @@ class Exporter:
         # One tile of each size: the logits are as many as the probabilities are not.
         firsts = [batch[:1] for batch in tiles.batches]
         found = _run_logits(model, firsts)
-        self._prove(compare(SINGLE_NAME, SAVED_MODEL_NAME, found, reference.first_logits, LOGITS_TOLERANCE))
+        expected = reference.first_logits[: len(firsts)]
+        self._prove(compare(SINGLE_NAME, SAVED_MODEL_NAME, found, expected, LOGITS_TOLERANCE))
         self._prove_file(SINGLE_NAME, path, tiles, SAME_TYPE)
         return model
 
@@ -168,30 +179,39 @@ class Exporter:
         self.card.record("onnx_fp16", path, "onnx", command, versions=versions("onnx", "numpy"))
         self._prove_file(HALF_NAME, path, tiles, HALF)
 
-    def _prove_file(self, name: str, path: Path, tiles: Tiles, tolerance: Any) -> None:
+    def _prove_file(self, name: str, path: Path, tiles: Tiles, tolerance: Tolerance) -> None:
         """Run a file as it lies on the disk and compare it with every step before it."""
         engine = CpuEngine(path, ORT)
         found = [engine.infer(batch) for batch in tiles.batches]
         for against, values in self.expected.items():
             self._prove(compare(name, against, found, values, tolerance))
         self.expected[name] = found
+        if self._judge is not None:
+            self._prove(self._judge.judge(name, engine.infer, tolerance.score_ratio))
 
     def _choose_engine(self, tiles: Tiles) -> None:
-        engine, comparisons, rates = choose_engine(self.folder / SINGLE, self.folder / HALF_FILE, tiles, self.expected)
-        for comparison in comparisons:
+        single, half = self.folder / SINGLE, self.folder / HALF_FILE
+        selection = choose_engine(single, half, tiles, self.expected, judge=self._judge)
+        for comparison in selection.comparisons:
             self._note(comparison)
-        self.card.engine = engine
-        self.card.model["engines_img_per_s"] = rates
-        table = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+        for change in selection.changes:
+            self._note(change)
+        self.card.engine = engine = selection.engine
+        self.card.model["engines_img_per_s"] = selection.rates
+        table = ", ".join(f"{name} {rate:.2f}" for name, rate in selection.rates.items())
         self._say(f"engine: {engine.kind} {engine.precision} on {engine.file} (tiles per second: {table})")
+        if self._judge is not None:
+            loaded = CpuEngine(self.folder / engine.file, EngineChoice(engine.kind, engine.precision))
+            difference = self._judge.worst_slice_png(self.folder / WORST, loaded.infer)
+            self._say(f"{WORST}: the slice where the engine differs most, by {difference:.1e} in the mean")
 
-    def _prove(self, comparison: Comparison) -> None:
-        self._note(comparison)
-        comparison.check()
+    def _prove(self, result: Comparison | Change) -> None:
+        self._note(result)
+        result.check()
 
-    def _note(self, comparison: Comparison) -> None:
-        self.card.parity.append(comparison.as_dict())
-        self._say(str(comparison))
+    def _note(self, result: Comparison | Change) -> None:
+        (self._changes if isinstance(result, Change) else self.card.parity).append(result.as_dict())
+        self._say(str(result))
 
     def _say(self, text: str) -> None:
         self.report(f"[{time.monotonic() - self._started:5.1f} s] {text}")

@@ -72,6 +72,17 @@ def card_page(card: Card) -> str:
         for entry in card.artefacts.values()
     ]
     lines += ["", f"Every step was run on {card.model['parity_tiles']}.", "", *_parity_table(card.parity), ""]
+    if card.model["scores"]:
+        lines += ["Scores of whole slices that training did not see:", ""]
+        lines += ["| step | V_rand thin | V_info thin | share kept (accepted) |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {row['step']} | {row['v_rand']:.4f} | {row['v_info']:.4f} | {row['ratio']:.4f} ({row['least']:g}) |"
+            for row in card.model["scores"]
+        ]
+        lines.append("")
+    if card.has_engine and card.model["scores"]:
+        lines += ["![the slice where the engine differs most](worst_slice.png)", ""]
+        lines += ["*Slice, SavedModel, engine, ten times their difference.*", ""]
     return "\n".join(lines)
 
 

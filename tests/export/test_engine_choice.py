@@ -34,7 +34,9 @@ def expected(files: tuple[Path, Path], reference: Reference, tiles: Tiles) -> di
 
 
 def test_the_fastest_that_agrees_is_chosen(files: tuple[Path, Path], tiles: Tiles, expected: dict[str, Any]) -> None:
-    engine, comparisons, rates = choose_engine(*files, tiles, expected)
+    found = choose_engine(*files, tiles, expected)
+    engine, comparisons, rates = found.engine, found.comparisons, found.rates
+    assert found.changes == []
     accepted = {c.step for c in comparisons if c.accepted} - {c.step for c in comparisons if not c.accepted}
     assert {str(choice) for choice in F32} <= accepted == set(rates)
     assert max(rates, key=lambda name: rates[name]) == f"{engine.kind} {engine.precision}"
@@ -56,7 +58,8 @@ def test_an_engine_that_does_not_agree_is_left_out_however_fast(
     wrong = copy.deepcopy(half)
     change_constant(wrong, "up0_conv2/Conv.1", lambda w: w * np.float16(1.5))
     write_model(wrong, files[1])
-    engine, comparisons, rates = choose_engine(*files, tiles, expected, F32)
+    found = choose_engine(*files, tiles, expected, F32)
+    engine, comparisons, rates = found.engine, found.comparisons, found.rates
     assert (engine.kind, engine.file) == ("onnxruntime", "model.onnx")
     assert list(rates) == ["onnxruntime f32"]
     assert [c.accepted for c in comparisons if c.step == "openvino f32"] == [False]
@@ -75,8 +78,8 @@ def test_where_none_agrees_the_figure_is_named(
 
 def test_an_engine_that_cannot_load_is_left_out(files: tuple[Path, Path], tiles: Tiles, expected: Any) -> None:
     files[1].write_bytes(b"garbage")
-    engine, _, rates = choose_engine(*files, tiles, expected, F32)
-    assert (engine.kind, list(rates)) == ("onnxruntime", ["onnxruntime f32"])
+    found = choose_engine(*files, tiles, expected, F32)
+    assert (found.engine.kind, list(found.rates)) == ("onnxruntime", ["onnxruntime f32"])
 
 
 def test_more_work_is_measured_to_be_slower(files: tuple[Path, Path], tiles: Tiles) -> None:
