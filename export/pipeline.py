@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export import trtexec
-from export.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine
+from export.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine, one_by_one
 from export.graph import INPUT, LOGITS, base_filters, read_model, with_logits, write_model
 from export.half_precision import to_half
 from export.parity import HALF, SAME_TYPE, Comparison, Tolerance, compare
@@ -182,7 +182,7 @@ class Exporter:
     def _prove_file(self, name: str, path: Path, tiles: Tiles, tolerance: Tolerance) -> None:
         """Run a file as it lies on the disk and compare it with every step before it."""
         engine = CpuEngine(path, ORT)
-        found = [engine.infer(batch) for batch in tiles.batches]
+        found = [one_by_one(engine, batch) for batch in tiles.batches]
         for against, values in self.expected.items():
             self._prove(compare(name, against, found, values, tolerance))
         self.expected[name] = found

@@ -37,6 +37,10 @@ def test_the_fastest_that_agrees_is_chosen(files: tuple[Path, Path], tiles: Tile
     found = choose_engine(*files, tiles, expected)
     engine, comparisons, rates = found.engine, found.comparisons, found.rates
     assert found.changes == []
+    # The chosen one at every batch size too, the worst of which is told.
+    by_batch = comparisons.pop()
+    assert by_batch.step.startswith(f"{engine.kind} {engine.precision}, batch ")
+    assert by_batch.accepted
     accepted = {c.step for c in comparisons if c.accepted} - {c.step for c in comparisons if not c.accepted}
     assert {str(choice) for choice in F32} <= accepted == set(rates)
     assert max(rates, key=lambda name: rates[name]) == f"{engine.kind} {engine.precision}"
