@@ -12,8 +12,9 @@ import uuid
 from typing import TYPE_CHECKING
 
 from serve import triton_guard
+from serve.triton_check import check_repository
 from serve.triton_install import Installation, TritonError, find_installation
-from serve.triton_settings import ServerSettings, server_command
+from serve.triton_settings import ServerSettings, admin_key, server_command
 from serve.triton_state import answers_ready, clear_up_after, load_state, state_file
 from unet.processes import signals_held_back
 
@@ -57,7 +58,7 @@ class TritonServer:
                 then its log's end is in the message.
         """
         settings = self.settings
-        models = models_in(settings.repository)
+        models = check_repository(settings.repository)
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         _require_none_running(settings.state_dir)
         for name, port in settings.ports.items():
@@ -74,8 +75,9 @@ class TritonServer:
     def _launch(self, installation: Installation, models: list[str]) -> None:
         settings = self.settings
         prefix = f"{_SEGMENT_PREFIX}{uuid.uuid4().hex[:12]}-"
+        key_file, key = admin_key(settings)
         task = {
-            "command": server_command(settings, installation, prefix),
+            "command": server_command(settings, installation, prefix, models, key),
             "state_file": str(state_file(settings.state_dir.resolve())),
             "state": {
                 "shm_prefix": prefix,
@@ -85,6 +87,8 @@ class TritonServer:
                 "grpc_port": settings.grpc_port,
                 "models": models,
                 "log": str(settings.log.resolve()),
+                "model_control": settings.model_control,
+                "admin_key_file": str(key_file.resolve()),
             },
         }
         with settings.log.open("wb") as log:
@@ -158,23 +162,6 @@ class TritonServer:
             if state is not None and state.guard_pid == self._guard.pid:
                 clear_up_after(state, self.settings.state_dir)
             self._guard = None
-
-
-def models_in(repository: Path) -> list[str]:
-    """The models that a repository holds.
-
-    Raises:
-        TritonError: there is none, or one without a version.
-    """
-    models = sorted(path.parent.name for path in repository.glob("*/config.pbtxt") if path.parent.name[0] != ".")
-    if not models:
-        raise TritonError(
-            f"{repository} holds no model: publish one with `python serve/repository.py --artefacts ARTEFACTS`"
-        )
-    for model in models:
-        if not any(path.is_dir() and path.name.isdecimal() for path in (repository / model).iterdir()):
-            raise TritonError(f"{repository / model} has a config.pbtxt but no version: publish the model again")
-    return models
 
 
 def _require_none_running(state_dir: Path) -> None:

@@ -40,6 +40,8 @@ class ServerState:
     grpc_port: int
     models: list[str]
     log: str
+    model_control: str
+    admin_key_file: str
 
     @property
     def is_kept(self) -> bool:
