@@ -11,7 +11,7 @@ else
     key=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 fi
 
-# Shared memory is for clients in the same container, where there are none.
+# Shared memory is for clients in the same container, where there are none. HTTP tells health, inside the container.
 restricted=model-repository,trace,logging,shared-memory
 http_restricted=$restricted
 if [ -n "${TLS_CERT:-}" ]; then
@@ -25,6 +25,8 @@ fi
 exec tritonserver \
     "--model-repository=${MODELS:-/models}" \
     --model-control-mode=none \
+    --http-address=127.0.0.1 \
+    --metrics-address=0.0.0.0 \
     --allow-sagemaker=false \
     --allow-vertex-ai=false \
     --strict-readiness=true \

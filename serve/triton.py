@@ -62,7 +62,7 @@ def status(state_dir: Path) -> int:
     ready = state.is_ready
     say(
         f"{'ready' if ready else 'not ready'}: process {state.server_pid} serves {', '.join(state.models)}, "
-        f"gRPC {state.address}:{state.grpc_port}, HTTP {state.address}:{state.http_port}, log {state.log}"
+        f"gRPC {state.address}:{state.grpc_port}, HTTP {state.http_address}:{state.http_port}, log {state.log}"
     )
     return 0 if ready else 1
 
@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--http_port", type=int, default=8000, help="port of HTTP and health")
     parser.add_argument("--grpc_port", type=int, default=8001, help="port of gRPC")
     parser.add_argument("--metrics_port", type=int, default=8002, help="port of the metrics")
-    parser.add_argument("--address", default="127.0.0.1", help="address to listen on; the default is this machine only")
+    parser.add_argument("--address", default="127.0.0.1", help="of gRPC and metrics; the default is this machine only")
+    parser.add_argument("--http_address", default="127.0.0.1", help="of HTTP, which only health needs")
     parser.add_argument("--start_timeout_s", type=float, default=120.0, help="longest wait for readiness")
     parser.add_argument("--stop_timeout_s", type=float, default=30.0, help="longest wait for an orderly end")
     parser.add_argument("--log", type=Path, help="file for what the server says; by default in --state_dir")
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grpc_port=chosen.grpc_port,
         metrics_port=chosen.metrics_port,
         address=chosen.address,
+        http_address=chosen.http_address,
         start_timeout_s=chosen.start_timeout_s,
         stop_timeout_s=chosen.stop_timeout_s,
         model_control=chosen.model_control,

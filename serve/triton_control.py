@@ -24,7 +24,7 @@ class ModelControl:
     """Model control of one server, over HTTP: with TLS too that protocol answers whoever has the key.
 
     Args:
-        address: that the server listens on.
+        address: that the server's HTTP listens on.
         http_port: its port.
         key: the admin key.
         load_timeout_s: longest wait for a model to be loaded.
@@ -118,4 +118,4 @@ def control_of(state_dir: Path) -> ModelControl:
         TritonError: there is none, or it was started without model control.
     """
     state = require_state(state_dir)
-    return ModelControl(state.address, state.http_port, read_admin_key(Path(state.admin_key_file)))
+    return ModelControl(state.http_address, state.http_port, read_admin_key(Path(state.admin_key_file)))

@@ -62,7 +62,7 @@ class TritonServer:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         _require_none_running(settings.state_dir)
         for name, port in settings.ports.items():
-            _require_free_port(settings.address, name, port)
+            _require_free_port(settings.http_address if name == "http_port" else settings.address, name, port)
         installation = find_installation(settings.state_dir.resolve())
         settings.log.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -83,6 +83,7 @@ class TritonServer:
                 "shm_prefix": prefix,
                 "stop_timeout_s": settings.stop_timeout_s,
                 "address": settings.address,
+                "http_address": settings.http_address,
                 "http_port": settings.http_port,
                 "grpc_port": settings.grpc_port,
                 "models": models,
@@ -108,7 +109,7 @@ class TritonServer:
         assert self._guard is not None
         settings = self.settings
         deadline = time.monotonic() + settings.start_timeout_s
-        while not answers_ready(settings.address, settings.http_port, models):
+        while not answers_ready(settings.http_address, settings.http_port, models):
             # Waiting for the guard is the clock: an early end is noticed at once.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._guard.wait(_POLL_S)

@@ -35,7 +35,9 @@ class ServerSettings:
         http_port: of the HTTP protocol, which also tells health.
         grpc_port: of the gRPC protocol.
         metrics_port: of Prometheus' metrics.
-        address: that all of them listen on.
+        address: that gRPC and the metrics listen on.
+        http_address: that HTTP listens on. Clients speak gRPC, HTTP tells health, and the known holes of this Triton's
+            HTTP are open to whoever reaches it: so it stays on this machine, whatever ``address`` is.
         start_timeout_s: longest wait for readiness.
         stop_timeout_s: longest wait for an orderly end, after which the server is killed.
         model_control: "none", or "explicit": models can be loaded and unloaded by whoever has the admin key.
@@ -53,6 +55,7 @@ class ServerSettings:
     grpc_port: int = 8001
     metrics_port: int = 8002
     address: str = "127.0.0.1"
+    http_address: str = "127.0.0.1"
     start_timeout_s: float = 120.0
     stop_timeout_s: float = 30.0
     model_control: str = "none"
@@ -86,10 +89,8 @@ class ServerSettings:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine reaches the server."""
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.address).is_loopback
-        return self.address == "localhost"
+        """Whether only this machine reaches gRPC."""
+        return _is_loopback(self.address)
 
     @property
     def ports(self) -> dict[str, int]:
@@ -104,7 +105,13 @@ class ServerSettings:
     @property
     def http_url(self) -> str:
         """Where clients of the HTTP protocol connect."""
-        return f"{self.address}:{self.http_port}"
+        return f"{self.http_address}:{self.http_port}"
+
+
+def _is_loopback(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return address == "localhost"
 
 
 def admin_key(settings: ServerSettings) -> tuple[Path, str]:
@@ -158,7 +165,7 @@ def server_command(
         "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         # Safe by default: nobody can load models over the network, nothing listens beyond `address`.
         "model-control-mode": settings.model_control,
-        "http-address": settings.address,
+        "http-address": settings.http_address,
         "http-port": settings.http_port,
         "grpc-address": settings.address,
         "grpc-port": settings.grpc_port,
@@ -189,8 +196,11 @@ def _restrictions(settings: ServerSettings, key: str) -> dict[str, object]:
     Shared memory is for clients on this machine; from elsewhere it is a way to the python backend's own memory. With
     TLS nothing that matters may go round it by HTTP, which Triton does not encrypt.
     """
-    grpc = _ADMIN_PROTOCOLS if settings.is_local else (*_ADMIN_PROTOCOLS, _SHARED_MEMORY_PROTOCOL)
-    http = grpc if settings.tls_cert is None else (*_ADMIN_PROTOCOLS, _SHARED_MEMORY_PROTOCOL, *_OTHER_PROTOCOLS)
+    everyone = (*_ADMIN_PROTOCOLS, _SHARED_MEMORY_PROTOCOL)
+    grpc = _ADMIN_PROTOCOLS if settings.is_local else everyone
+    http = _ADMIN_PROTOCOLS if _is_loopback(settings.http_address) else everyone
+    if settings.tls_cert is not None:
+        http = (*everyone, *_OTHER_PROTOCOLS)
     return {
         "grpc-restricted-protocol": f"{','.join(grpc)}:{ADMIN_KEY_HEADER}={key}",
         "http-restricted-api": f"{','.join(http)}:{ADMIN_KEY_HEADER}={key}",

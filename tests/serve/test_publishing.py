@@ -114,8 +114,10 @@ def test_a_version_published_under_traffic_fails_no_request(explicit: TritonServ
     assert set(seen) <= {(before, value), after}
     assert len(seen) > 4
 
-    back = rollback(repository, load=control(explicit).load)
-    assert served(explicit) == (str(back.version), value)
+    state_dir = explicit.settings.state_dir
+    line = ["--rollback", "--model_repository", str(repository), "--load", "--state_dir", str(state_dir)]
+    assert main(line) == 0
+    assert served(explicit) == (str(new.version + 1), value)
 
 
 def test_a_version_that_the_server_refuses_is_taken_back(
@@ -134,6 +136,22 @@ def test_a_version_that_the_server_refuses_is_taken_back(
     assert served(explicit) == before
 
 
+def test_answers_are_kept_where_that_is_asked_for(tiny_artefacts: Path, tmp_path: Path) -> None:
+    from tritonclient import grpc
+
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings(response_cache=True))
+    http, rpc, metrics = free_ports(3)
+    settings = ServerSettings(
+        tmp_path / "models", tmp_path / "log", tmp_path / "state", http, rpc, metrics, response_cache_mib=16
+    )
+    with TritonServer(settings) as server:
+        first = served(server)
+        assert served(server) == first
+        with grpc.InferenceServerClient(server.settings.grpc_url) as client:
+            (counts,) = client.get_inference_statistics("unet").model_stats
+    assert (counts.inference_stats.cache_hit.count, counts.inference_stats.cache_miss.count) == (1, 1)
+
+
 def test_model_control_and_the_rest_of_administration_need_the_key(explicit: TritonServer) -> None:
     from tritonclient import grpc, http
     from tritonclient.utils import InferenceServerException
@@ -142,7 +160,7 @@ def test_model_control_and_the_rest_of_administration_need_the_key(explicit: Tri
     assert state is not None
     key_file = Path(state.admin_key_file)
     assert key_file.stat().st_mode & 0o777 == 0o600
-    wrong = ModelControl(state.address, state.http_port, "x" * 20)
+    wrong = ModelControl(state.http_address, state.http_port, "x" * 20)
     with pytest.raises(TritonError, match=r"restricted"):
         wrong.reload("unet")
     with (

@@ -19,9 +19,9 @@ import pytest
 
 from serve.repository import ModelSettings, publish
 from serve.triton import main
-from serve.triton_install import TritonError
+from serve.triton_install import TritonError, find_installation
 from serve.triton_process import TritonServer
-from serve.triton_settings import ServerSettings
+from serve.triton_settings import ServerSettings, server_command
 from serve.triton_state import ServerState, load_state
 
 MakeSettings = Callable[..., ServerSettings]
@@ -341,6 +341,40 @@ def test_a_repository_without_a_model_is_refused(
     (tmp_path / "unet" / "config.pbtxt").write_text('name: "unet" backend: "python"')
     with pytest.raises(TritonError, match="no version"):
         TritonServer(settings_for(tmp_path)).start()
+
+
+def test_what_would_make_triton_hang_or_fail_is_found_before_it_starts(
+    repository: Path, settings_for: MakeSettings
+) -> None:
+    model, settings = repository / "unet", settings_for(repository)
+    config = (model / "config.pbtxt").read_text()
+
+    def refuses(words: str) -> None:
+        with pytest.raises(TritonError, match=words):
+            TritonServer(settings).start()
+        assert not settings.log.exists()
+
+    for content, words in (
+        ("what is this {", "is not a configuration of Triton's"),
+        (config.replace('name: "unet"', 'name: "vnet"', 1), "is of the model 'vnet', not unet"),
+        (config.replace("card_sha256", "card"), "was not published with version 1, as when publishing was interrupted"),
+    ):
+        (model / "config.pbtxt").write_text(content)
+        refuses(words)
+    (model / "config.pbtxt").write_text(config)
+    (model / "1" / "model.py").unlink()
+    refuses(r"1/model\.py is missing, so that Triton could not load version 1: publish it again")
+
+
+def test_open_to_the_network_http_and_shared_memory_stay_on_this_machine(tmp_path: Path) -> None:
+    settings = ServerSettings(tmp_path, tmp_path, tmp_path, address="0.0.0.0")
+    installation = find_installation(tmp_path)
+    flags = dict(flag.partition("=")[::2] for flag in server_command(settings, installation, "prefix", [], "KEY"))
+    assert (flags["--http-address"], flags["--grpc-address"]) == ("127.0.0.1", "0.0.0.0")
+    assert flags["--grpc-restricted-protocol"] == "model-repository,trace,logging,shared-memory:admin-key=KEY"
+    both = ServerSettings(tmp_path, tmp_path, tmp_path, address="0.0.0.0", http_address="0.0.0.0")
+    flags = dict(flag.partition("=")[::2] for flag in server_command(both, installation, "prefix", [], "KEY"))
+    assert flags["--http-restricted-api"] == "model-repository,trace,logging,shared-memory:admin-key=KEY"
 
 
 def test_stop_without_a_server_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def test_a_model_that_gives_no_answer_is_loaded_anew(
     settings = explicit.settings
     kill_stub(explicit)
     # This is why a canary is needed.
-    assert answers_ready(settings.address, settings.http_port, ["unet"])
+    assert answers_ready(settings.http_address, settings.http_port, ["unet"])
     # It never saw the process alive.
     watcher = Watcher(settings.state_dir, WatchSettings(timeout_s=1, failures=2))
     watcher.look()
