@@ -196,11 +196,13 @@ def _restrictions(settings: ServerSettings, key: str) -> dict[str, object]:
     Shared memory is for clients on this machine; from elsewhere it is a way to the python backend's own memory. With
     TLS nothing that matters may go round it by HTTP, which Triton does not encrypt.
     """
-    everyone = (*_ADMIN_PROTOCOLS, _SHARED_MEMORY_PROTOCOL)
-    grpc = _ADMIN_PROTOCOLS if settings.is_local else everyone
-    http = _ADMIN_PROTOCOLS if _is_loopback(settings.http_address) else everyone
+    grpc, http = list(_ADMIN_PROTOCOLS), list(_ADMIN_PROTOCOLS)
+    if not settings.is_local:
+        grpc.append(_SHARED_MEMORY_PROTOCOL)
     if settings.tls_cert is not None:
-        http = (*everyone, *_OTHER_PROTOCOLS)
+        http += [_SHARED_MEMORY_PROTOCOL, *_OTHER_PROTOCOLS]
+    elif not _is_loopback(settings.http_address):
+        http.append(_SHARED_MEMORY_PROTOCOL)
     return {
         "grpc-restricted-protocol": f"{','.join(grpc)}:{ADMIN_KEY_HEADER}={key}",
         "http-restricted-api": f"{','.join(http)}:{ADMIN_KEY_HEADER}={key}",
