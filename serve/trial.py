@@ -46,6 +46,7 @@ class Load:
         img_per_s: images over wall time.
         p50_ms: median of a request.
         p99_ms: and its tail.
+        queue_ms: what a request waited before its pass, on average, by the server's own counts.
         batch: images in a pass, by the server's own counts.
     """
 
@@ -53,6 +54,7 @@ class Load:
     img_per_s: float
     p50_ms: float
     p99_ms: float
+    queue_ms: float
     batch: float
 
 
@@ -142,7 +144,7 @@ def _load(url: str, model: str, clients: int, tile_size: int, seconds: float) ->
     threads = [threading.Thread(target=run) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    images, passes = _counts(url, model)
+    before = _counts(url, model)
     begin.wait()
     started = time.perf_counter()
     end.wait(seconds)
@@ -152,18 +154,19 @@ def _load(url: str, model: str, clients: int, tile_size: int, seconds: float) ->
     wall_s = time.perf_counter() - started
     if failures:
         raise TrialError(f"a request failed while {clients} clients asked: {failures[0]}")
-    images, passes = (after - before for after, before in zip(_counts(url, model), (images, passes)))
+    images, passes, requests, queue_ns = (after - then for after, then in zip(_counts(url, model), before))
     p50_ms, p99_ms = (float(value) for value in np.percentile(latencies_ms, (50, 99)))
-    return Load(clients, len(latencies_ms) / wall_s, p50_ms, p99_ms, images / passes)
+    return Load(clients, len(latencies_ms) / wall_s, p50_ms, p99_ms, queue_ns / requests / 1e6, images / passes)
 
 
-def _counts(url: str, model: str) -> tuple[int, int]:
-    """Images and passes of the engine, as the server counts them."""
+def _counts(url: str, model: str) -> tuple[int, int, int, int]:
+    """Images, passes of the engine, requests and the nanoseconds that they waited, as the server counts them."""
     from tritonclient import grpc
 
     with grpc.InferenceServerClient(url) as client:
         counts = client.get_inference_statistics(model).model_stats[0]
-    return int(counts.inference_count), int(counts.execution_count)
+    queue = counts.inference_stats.queue
+    return int(counts.inference_count), int(counts.execution_count), int(queue.count), int(queue.ns)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -181,14 +184,14 @@ def row(trial: Trial, load: Load) -> str:
     cells = (
         *(f"{settings.queue_delay_us / 1e3:g}", policy, str(settings.instance_count), f"{trial.ready_s:.1f}"),
         *(f"{trial.first_ms:.0f}", f"{trial.median_ms:.0f}", str(load.clients), f"{load.img_per_s:.1f}"),
-        *(f"{load.p50_ms:.0f}", f"{load.p99_ms:.0f}", f"{load.batch:.2f}"),
+        *(f"{load.p50_ms:.0f}", f"{load.p99_ms:.0f}", f"{load.queue_ms:.1f}", f"{load.batch:.2f}"),
     )
     return f"| {' | '.join(cells)} |"
 
 
 HEADINGS = (
     *("delay ms", "queue policy", "instances", "ready s", "first ms", "median ms"),
-    *("clients", "img/s", "p50 ms", "p99 ms", "images in a pass"),
+    *("clients", "img/s", "p50 ms", "p99 ms", "queue ms", "images in a pass"),
 )
 
 

@@ -16,8 +16,8 @@ def test_the_command_serves_and_counts(tiny_artefacts: Path, capsys: pytest.Capt
     assert heading.count("|") == rule.count("|") == lines[0].count("|")
     # Clients and images in a pass: a lone client's requests are never batched.
     assert [line[6] for line in cells] == ["1", "4"]
-    assert cells[0][10] == "1.00"
-    assert 1 <= float(cells[1][10]) <= 4
+    assert cells[0][11] == "1.00"
+    assert 1 <= float(cells[1][11]) <= 4
     # A queue limit takes two instances.
     assert (cells[0][1], cells[0][2]) == ("yes", "2")
     assert all(float(line[7]) > 0 for line in cells)
@@ -26,8 +26,8 @@ def test_the_command_serves_and_counts(tiny_artefacts: Path, capsys: pytest.Capt
 def test_a_row_has_a_cell_for_every_heading() -> None:
     trial = Trial(ModelSettings(max_queue_delay_us=500, instances=3), 1.25, 40.4, 30.6, ())
     assert (
-        row(trial, Load(16, 33.33, 480.2, 510.7, 8.123))
-        == "| 0.5 | no | 3 | 1.2 | 40 | 31 | 16 | 33.3 | 480 | 511 | 8.12 |"
+        row(trial, Load(16, 33.33, 480.2, 510.7, 420, 8.123))
+        == "| 0.5 | no | 3 | 1.2 | 40 | 31 | 16 | 33.3 | 480 | 511 | 420.0 | 8.12 |"
     )
 
 
