@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.model_config import PROFILES, ModelSettings, RepositoryError, model_config
@@ -232,7 +232,7 @@ def loadable(explicit: TritonServer) -> TritonServer:
     return explicit
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None)
 @given(chosen=SETTINGS)
 def test_tritons_own_loader_takes_every_configuration(
     loadable: TritonServer, tiny_artefacts: Path, plan_artefacts: Path, chosen: ModelSettings
