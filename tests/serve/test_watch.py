@@ -105,6 +105,25 @@ def test_a_model_that_gives_no_answer_is_loaded_anew(
     control_of(settings.state_dir).canary("unet", CANARY_TIMEOUT_S)
 
 
+def test_a_server_in_the_foreground_is_watched_until_it_is_stopped(tiny_artefacts: Path, tmp_path: Path) -> None:
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings())
+    ports = zip(("--http_port", "--grpc_port", "--metrics_port"), map(str, free_ports(3)))
+    line = [sys.executable, "serve/triton.py", "run", "--model_control", "explicit", "--watch"]
+    line += ["--model_repository", str(tmp_path / "models"), "--state_dir", str(tmp_path / "state")]
+    line += [word for pair in ports for word in pair]
+    server = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2])
+    assert server.stdout is not None
+    try:
+        assert server.stdout.readline().startswith("ready: ")
+        assert server.stdout.readline() == "watching unet\n"
+        assert main(["stop", "--state_dir", str(tmp_path / "state")]) == 0
+        assert server.stdout.readlines()[-1] == "stopped\n"
+        assert server.wait(CANARY_TIMEOUT_S) == 0
+    finally:
+        server.terminate()
+        server.communicate()
+
+
 def test_a_full_queue_is_no_reason_to_load_anew(tiny_artefacts: Path, tmp_path: Path) -> None:
     published = publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_queue_size=1, max_batch_size=1))
     gate = tmp_path / "gate"
