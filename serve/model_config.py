@@ -69,7 +69,8 @@ class ModelSettings:
             stops preparing the next pass while an instance is at work, and with one instance some requests then wait
             half a second: see ``queue_policy`` and docs/serving.md.
         instances: copies of the network on each GPU, or in all on a CPU; 0 decides by the machine that publishes.
-        threads: that each copy computes with on a CPU; 0 shares out the cores of the machine that serves.
+        threads: that each copy computes with on a CPU; 0 shares out the cores of the machine that serves, see
+            ``core_shares``.
         response_cache: whether answers are kept for requests that come again; the server must be given room for them.
     """
 
@@ -128,6 +129,14 @@ class ModelSettings:
         if self.instances:
             return self.instances
         return max(2 if self.machine.on_gpu else numa_nodes(), 2 if self.queue_policy else 1)
+
+    @property
+    def core_shares(self) -> int:
+        """Instances that the cores of a CPU are shared out among.
+
+        The one that a queue policy adds is there to be idle, and takes no cores from a lone request.
+        """
+        return self.instances or numa_nodes()
 
 
 def engine_file(card: Card, settings: ModelSettings) -> Path:
@@ -192,6 +201,7 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
     if not machine.on_gpu:
         parameters["engine"] = f"{card.engine.kind} {card.engine.precision}"
         parameters["threads"] = str(settings.threads)
+        parameters["core_shares"] = str(settings.core_shares)
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     return config

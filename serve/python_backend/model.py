@@ -61,7 +61,6 @@ class TritonPythonModel:
 
 
 def _threads(config: dict[str, Any]) -> int:
-    """The configured threads, or the cores that this process may use shared out among the instances."""
-    configured = int(config["parameters"]["threads"]["string_value"])
-    instances = sum(int(group["count"]) for group in config["instance_group"])
-    return configured or max(1, usable_cores() // instances)
+    """The configured threads, or this instance's share of the cores that the process may use."""
+    parameters = {name: int(config["parameters"][name]["string_value"]) for name in ("threads", "core_shares")}
+    return parameters["threads"] or max(1, usable_cores() // parameters["core_shares"])

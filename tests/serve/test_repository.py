@@ -17,6 +17,7 @@ from serve.repository import ModelSettings, RepositoryError, main, model_config,
 from unet.card import Card, CardError
 from unet.files import sha256_of
 from unet.geometry import GeometryError
+from unet.machine import numa_nodes
 
 
 def read_config(repository: Path, name: str = "unet") -> Any:
@@ -59,6 +60,7 @@ def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Pat
         "profile": "cpu",
         "engine": "onnxruntime f32",
         "threads": "3",
+        "core_shares": str(numa_nodes()),
         "card_sha256": sha256_of(tiny_artefacts / "card.json"),
     }
     assert [list(warmup.inputs["image"].dims) for warmup in config.model_warmup] == [[1, 204, 204], [1, 252, 252]]
