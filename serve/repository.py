@@ -40,8 +40,8 @@ BACKEND_CODE = Path(__file__).resolve().parent / "python_backend" / BACKEND_CODE
 BACKEND_MODULES = ("__init__", "card", "cpu_engine", "errors", "files", "geometry", "machine")
 KEEP = 5
 
-# Has a running server take the newest version of the model of this name.
-Load = Callable[[str], None]
+# Has a running server take a version of the model of this name.
+Load = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
     _replace(config, (path / CONFIG_FILE).read_bytes())
     if load is not None:
         try:
-            load(folder.name)
+            load(folder.name, version)
         except BaseException as error:
             _take_back(path, former)
             if not isinstance(error, UnetError):
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.load:
         from serve.triton_control import control_of
 
-        load = control_of(chosen.state_dir).load
+        load = control_of(chosen.state_dir, chosen.model_repository).load
     if chosen.rollback:
         published = rollback(chosen.model_repository, chosen.model_name, chosen.version, keep=chosen.keep, load=load)
     else:

@@ -52,14 +52,16 @@ class ModelControl:
         finally:
             client.close()
 
-    def load(self, model: str) -> None:
-        """Load a model, or its newest version while the former one goes on answering.
+    def load(self, model: str, version: int) -> None:
+        """Load a version of a model, its newest, while the former one goes on answering.
 
         Raises:
             TritonError: the server does not answer, or could not load it; the former version then stays.
         """
         with self._client(self._load_timeout_s, f"load {model}") as client:
             client.load_model(model, headers=self._headers)
+            if not client.is_model_ready(model, str(version), headers=self._headers):
+                raise TritonError(f"{self._url} loaded {model}, but not version {version}: see its log")
 
     def reload(self, model: str) -> None:
         """Unload and load a model, with which its processes start anew.
@@ -111,11 +113,17 @@ def require_state(state_dir: Path) -> ServerState:
     return state
 
 
-def control_of(state_dir: Path) -> ModelControl:
+def control_of(state_dir: Path, repository: Path | None = None) -> ModelControl:
     """Model control of the server that was started with this folder.
 
+    Args:
+        state_dir: that folder.
+        repository: what it must serve, if given.
+
     Raises:
-        TritonError: there is none, or it was started without model control.
+        TritonError: there is none, it was started without model control, or it serves another repository.
     """
     state = require_state(state_dir)
+    if repository is not None and Path(state.repository) != repository.resolve():
+        raise TritonError(f"the running server serves {state.repository}, not {repository}: publish there to load")
     return ModelControl(state.http_address, state.http_port, read_admin_key(Path(state.admin_key_file)))

@@ -86,6 +86,7 @@ class TritonServer:
                 "http_address": settings.http_address,
                 "http_port": settings.http_port,
                 "grpc_port": settings.grpc_port,
+                "repository": str(settings.repository.resolve()),
                 "models": models,
                 "log": str(settings.log.resolve()),
                 "model_control": settings.model_control,

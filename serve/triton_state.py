@@ -39,6 +39,7 @@ class ServerState:
     http_address: str
     http_port: int
     grpc_port: int
+    repository: str
     models: list[str]
     log: str
     model_control: str

@@ -323,6 +323,15 @@ def test_a_version_that_was_damaged_is_not_gone_back_to(
     assert versions_in(tmp_path / "unet") == [1, 2]
 
 
+def test_a_server_of_another_repository_is_left_alone(
+    explicit: TritonServer, tiny_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--artefacts", str(tiny_artefacts), "--model_repository", str(tmp_path / "models"), "--load"]
+    assert main([*arguments, "--state_dir", str(explicit.settings.state_dir)]) == 2
+    assert f"serves {explicit.settings.repository}, not {tmp_path / 'models'}" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
 def test_loading_needs_a_server_with_model_control(
     triton_server: TritonServer, tiny_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
