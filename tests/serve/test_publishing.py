@@ -232,7 +232,7 @@ def loadable(explicit: TritonServer) -> TritonServer:
     return explicit
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(chosen=SETTINGS)
 def test_tritons_own_loader_takes_every_configuration(
     loadable: TritonServer, tiny_artefacts: Path, plan_artefacts: Path, chosen: ModelSettings
