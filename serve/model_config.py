@@ -43,7 +43,7 @@ class Profile:
 
 
 PROFILES = {
-    # On a CPU a shared pass gains a few per cent, less than any wait costs a lone request.
+    # On a CPU an image costs as much in a shared pass as alone: no wait pays.
     "cpu": Profile("python", 0),
     # A guess until it is measured: a thirtieth of what a pass of one tile takes on a V100.
     "v100": Profile("tensorrt", 500, "7.0"),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
 from serve.repository import ModelSettings, publish
 from serve.triton_process import TritonServer
@@ -48,6 +49,8 @@ class Load:
         p99_ms: and its tail.
         queue_ms: what a request waited before its pass, on average, by the server's own counts.
         batch: images in a pass, by the server's own counts.
+        cpu_ms: time of all cores that the server's processes took for an image; other work on the machine hardly
+            changes it.
     """
 
     clients: int
@@ -56,6 +59,7 @@ class Load:
     p99_ms: float
     queue_ms: float
     batch: float
+    cpu_ms: float
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,11 @@ def try_out(
         http, grpc, metrics = _free_ports(3)
         server = ServerSettings(folder / "models", folder / "log", folder / "state", http, grpc, metrics)
         started = time.perf_counter()
-        with TritonServer(server):
+        with TritonServer(server) as triton:
             ready_s = time.perf_counter() - started
             with _asker(server.grpc_url, settings.name, tile_size) as ask:
                 first_ms, *lone = (ask() for _ in range(1 + _LONE_REQUESTS))
-            loads = tuple(_load(server.grpc_url, settings.name, count, tile_size, seconds) for count in clients)
+            loads = tuple(_load(triton, settings.name, count, tile_size, seconds) for count in clients)
     return Trial(settings, ready_s, first_ms, statistics.median(lone), loads)
 
 
@@ -126,7 +130,8 @@ def _asker(url: str, model: str, tile_size: int) -> Iterator[Any]:
         yield ask
 
 
-def _load(url: str, model: str, clients: int, tile_size: int, seconds: float) -> Load:
+def _load(server: TritonServer, model: str, clients: int, tile_size: int, seconds: float) -> Load:
+    url = server.settings.grpc_url
     latencies_ms: list[float] = []
     failures: list[Exception] = []
     begin = threading.Barrier(clients + 1)
@@ -144,7 +149,7 @@ def _load(url: str, model: str, clients: int, tile_size: int, seconds: float) ->
     threads = [threading.Thread(target=run) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    before = _counts(url, model)
+    before, cpu_s = _counts(url, model), _cpu_s(server)
     begin.wait()
     started = time.perf_counter()
     end.wait(seconds)
@@ -152,11 +157,20 @@ def _load(url: str, model: str, clients: int, tile_size: int, seconds: float) ->
     for thread in threads:
         thread.join()
     wall_s = time.perf_counter() - started
+    cpu_s = _cpu_s(server) - cpu_s
     if failures:
         raise TrialError(f"a request failed while {clients} clients asked: {failures[0]}")
     images, passes, requests, queue_ns = (after - then for after, then in zip(_counts(url, model), before))
     p50_ms, p99_ms = (float(value) for value in np.percentile(latencies_ms, (50, 99)))
-    return Load(clients, len(latencies_ms) / wall_s, p50_ms, p99_ms, queue_ns / requests / 1e6, images / passes)
+    rate = len(latencies_ms) / wall_s
+    return Load(clients, rate, p50_ms, p99_ms, queue_ns / requests / 1e6, images / passes, cpu_s / images * 1e3)
+
+
+def _cpu_s(server: TritonServer) -> float:
+    """What the server and the python backend's processes have computed so far."""
+    process = psutil.Process(server.pid)
+    times = [each.cpu_times() for each in (process, *process.children())]
+    return float(sum(each.user + each.system for each in times))
 
 
 def _counts(url: str, model: str) -> tuple[int, int, int, int]:
@@ -185,13 +199,14 @@ def row(trial: Trial, load: Load) -> str:
         *(f"{settings.queue_delay_us / 1e3:g}", policy, str(settings.instance_count), f"{trial.ready_s:.1f}"),
         *(f"{trial.first_ms:.0f}", f"{trial.median_ms:.0f}", str(load.clients), f"{load.img_per_s:.1f}"),
         *(f"{load.p50_ms:.0f}", f"{load.p99_ms:.0f}", f"{load.queue_ms:.1f}", f"{load.batch:.2f}"),
+        f"{load.cpu_ms:.0f}",
     )
     return f"| {' | '.join(cells)} |"
 
 
 HEADINGS = (
     *("delay ms", "queue policy", "instances", "ready s", "first ms", "median ms"),
-    *("clients", "img/s", "p50 ms", "p99 ms", "queue ms", "images in a pass"),
+    *("clients", "img/s", "p50 ms", "p99 ms", "queue ms", "images in a pass", "CPU ms/img"),
 )
 
 

@@ -26,8 +26,8 @@ def test_the_command_serves_and_counts(tiny_artefacts: Path, capsys: pytest.Capt
 def test_a_row_has_a_cell_for_every_heading() -> None:
     trial = Trial(ModelSettings(max_queue_delay_us=500, instances=3), 1.25, 40.4, 30.6, ())
     assert (
-        row(trial, Load(16, 33.33, 480.2, 510.7, 420, 8.123))
-        == "| 0.5 | no | 3 | 1.2 | 40 | 31 | 16 | 33.3 | 480 | 511 | 420.0 | 8.12 |"
+        row(trial, Load(16, 33.33, 480.2, 510.7, 420, 8.123, 54.6))
+        == "| 0.5 | no | 3 | 1.2 | 40 | 31 | 16 | 33.3 | 480 | 511 | 420.0 | 8.12 | 55 |"
     )
 
 
