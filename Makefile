@@ -62,12 +62,22 @@ types: install  ## mypy
 	@$(BIN)/mypy
 
 .PHONY: serve
-serve: install  ## the published model on Triton until Ctrl-C; with BACKGROUND=1 return once it is ready
-	@$(BIN)/python serve/triton.py $(if $(BACKGROUND),start,run)
+# The wheel's Triton has the backend of the CPU profile; the GPU profiles are served in the container.
+serve: install  ## the published model on Triton until Ctrl-C; BACKGROUND=1 returns once it is ready; PROFILE=cpu|v100|gpu
+	@case $(PROFILE) in \
+	cpu) $(BIN)/python serve/triton.py $(if $(BACKGROUND),start,run) $(SERVE_FLAGS) ;; \
+	v100|gpu) docker compose -f docker/compose.yaml --profile gpu up --build $(if $(BACKGROUND),--wait) ;; \
+	*) echo "error: PROFILE is $(PROFILE); there are cpu, v100 and gpu" >&2; exit 2 ;; esac
 
 .PHONY: stop
 stop: install  ## stop what `make serve` started
-	@$(BIN)/python serve/triton.py stop
+	@case $(PROFILE) in \
+	cpu) $(BIN)/python serve/triton.py stop ;; \
+	*) docker compose -f docker/compose.yaml --profile gpu down ;; esac
+
+.PHONY: doctor
+doctor: install  ## what this machine can do, and what to install for more
+	@$(BIN)/python -m serve.doctor
 
 .PHONY: install-rtx
 install-rtx: install  ## TensorRT-RTX (proprietary), whose builder checks graph and profiles without a GPU

@@ -1,4 +1,7 @@
-"""Publishes exported artefacts as a new version of a Triton model: ``python serve/repository.py --artefacts DIR``."""
+"""Publishes exported artefacts as a new version of a Triton model, or goes back to a former one.
+
+``python serve/repository.py --artefacts DIR`` and ``python serve/repository.py --rollback``.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +9,39 @@ import argparse
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Callable
 
+import unet
+from serve.model_config import (
+    BACKEND_CODE_FILE,
+    CONFIG_FILE,
+    PROFILES,
+    ModelSettings,
+    RepositoryError,
+    engine_file,
+    model_config,
+)
 from unet.card import CARD_FILE, Card
 from unet.errors import UnetError, command, say
-from unet.files import atomic_directory, atomic_file, sha256_of
-from unet.geometry import output_size
+from unet.files import atomic_directory, atomic_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-BACKEND_CODE = Path(__file__).resolve().parent / "python_backend" / "model.py"
+__all__ = ["ModelSettings", "PublishedVersion", "RepositoryError", "main", "model_config", "publish", "rollback"]
 
+BACKEND_CODE = Path(__file__).resolve().parent / "python_backend" / BACKEND_CODE_FILE
+# What that imports of the project; a version carries it, so that it needs no project where it is served.
+BACKEND_MODULES = ("__init__", "card", "cpu_engine", "errors", "files", "geometry", "machine")
+KEEP = 5
 
-class RepositoryError(UnetError):
-    """A model that cannot be published."""
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """How Triton runs a model.
-
-    Attributes:
-        name: the model's name.
-        max_batch_size: most tiles in one pass of the engine.
-        max_queue_delay_us: how long a request waits for others to share its pass, in microseconds. On a CPU a shared
-            pass gains a few per cent, less than any wait costs a lone request.
-        max_queue_size: requests that may wait, more are refused at once; 0 sets no limit.
-        default_timeout_us: how long a request may wait in the queue, in microseconds, unless it asks for another time;
-            0 sets no limit. With either limit Triton 2.50 stops fetching the next request before the last one's
-            instance is free, and on a CPU a lone client then waits half a second for one request in twenty or so.
-        instances: copies of the network.
-        threads: that each of them computes with; 0 shares out the cores of the machine that serves.
-    """
-
-    name: str = "unet"
-    max_batch_size: int = 16
-    max_queue_delay_us: int = 0
-    max_queue_size: int = 0
-    default_timeout_us: int = 0
-    instances: int = 1
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"max_batch_size": 1, "max_queue_delay_us": 0, "max_queue_size": 0, "default_timeout_us": 0}
-        for name, limit in {**least, "instances": 1, "threads": 0}.items():
-            if not limit <= getattr(self, name) < 2**31:
-                raise RepositoryError(f"{name} is {getattr(self, name)}; it must be at least {limit}, and below 2^31")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
-            raise RepositoryError(f"the model name {self.name!r} must consist of letters, digits, -, _ and .")
+# Has a running server take a version of the model of this name.
+Load = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -70,84 +52,164 @@ class PublishedVersion:
     version: int
 
 
-def model_config(card: Card, settings: ModelSettings) -> Any:
-    """The model's configuration as Triton's own message, ``inference.ModelConfig``.
-
-    Whatever the served network needs lies in its version's card; the parameters here are for clients to read,
-    except ``threads``.
-
-    Raises:
-        GeometryError: a tile size on the card that the network cannot take.
-    """
-    from tritonclient.grpc import model_config_pb2 as pb
-
-    config = pb.ModelConfig(
-        name=settings.name,
-        backend="python",
-        max_batch_size=settings.max_batch_size,
-        input=[pb.ModelInput(name="image", data_type=pb.TYPE_UINT8, dims=[1, -1, -1])],
-        output=[pb.ModelOutput(name="probability", data_type=pb.TYPE_FP16, dims=[1, -1, -1])],
-        instance_group=[pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=settings.instances)],
-        version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
-    )
-    batching = config.dynamic_batching
-    batching.max_queue_delay_microseconds = settings.max_queue_delay_us
-    if settings.max_queue_size or settings.default_timeout_us:
-        policy = batching.default_queue_policy
-        policy.max_queue_size = settings.max_queue_size
-        policy.default_timeout_microseconds = settings.default_timeout_us
-        policy.allow_timeout_override = True
-    # The first real request must not pay for what an engine sets up at its first pass of a size.
-    for size in card.tile_sizes:
-        output_size(size)
-        warmup = config.model_warmup.add(name=f"tile_{size}", batch_size=1)
-        image = warmup.inputs["image"]
-        image.data_type, image.random_data = pb.TYPE_UINT8, True
-        image.dims.extend([1, size, size])
-    engine = card.engine
-    parameters = {
-        "tile_sizes": ",".join(str(size) for size in card.tile_sizes),
-        "engine": f"{engine.kind} {engine.precision}",
-        "threads": str(settings.threads),
-        "card_sha256": sha256_of(card.folder / CARD_FILE),
-    }
-    for name, value in parameters.items():
-        config.parameters[name].string_value = value
-    return config
-
-
 def publish(
-    artefacts: str | os.PathLike[str], repository: str | os.PathLike[str], settings: ModelSettings
+    artefacts: str | os.PathLike[str],
+    repository: str | os.PathLike[str],
+    settings: ModelSettings,
+    *,
+    keep: int = KEEP,
+    load: Load | None = None,
 ) -> PublishedVersion:
     """Make artefacts the next version of the model.
 
     A version appears whole, and none is ever overwritten; the configuration is replaced after the version is there.
-    A published version's folder is a folder of artefacts too: to go back to one is to publish it again.
+    Each version keeps the configuration that it was published with.
+
+    Args:
+        artefacts: folder that the exporter wrote, or that of a published version.
+        repository: folder of the models.
+        settings: how Triton runs the model.
+        keep: versions that stay, the new one included; older ones are removed at last.
+        load: has a running server take the version; if that fails, the version and its configuration are taken back.
 
     Raises:
-        CardError: an artefact is not what its card says.
+        CardError: an artefact is not what its card says, or there is none for the profile.
+        RepositoryError: the plan is for another GPU, or the server did not take the version.
     """
     from google.protobuf import text_format
 
     card = Card.load(artefacts)
-    config = model_config(card, settings)
-    engine = card.verify_engine()
+    config = text_format.MessageToString(model_config(card, settings))
+    engine = engine_file(card, settings)
+    files = {engine.name: engine, CARD_FILE: card.folder / CARD_FILE}
+    if not settings.machine.on_gpu:
+        files[BACKEND_CODE_FILE] = BACKEND_CODE
+        package = Path(unet.__file__).parent
+        files |= {f"{package.name}/{name}.py": package / f"{name}.py" for name in BACKEND_MODULES}
+
+    def fill(aside: Path) -> None:
+        for name, path in files.items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, aside / name)
+        (aside / CONFIG_FILE).write_text(config, encoding="utf-8")
+
     folder = Path(repository) / settings.name
+    folder.mkdir(parents=True, exist_ok=True)
     with _sole_publisher(folder):
-        version = max([0, *(int(path.name) for path in folder.iterdir() if path.name.isdecimal())]) + 1
-        with atomic_directory(folder / str(version)) as aside:
-            shutil.copyfile(BACKEND_CODE, aside / "model.py")
-            shutil.copyfile(engine, aside / card.engine.file)
-            shutil.copyfile(card.folder / CARD_FILE, aside / CARD_FILE)
-        with atomic_file(folder / "config.pbtxt") as aside:
-            aside.write_text(text_format.MessageToString(config), encoding="utf-8")
-    return PublishedVersion(folder / str(version), version)
+        return _release(folder, fill, keep, load)
+
+
+def rollback(
+    repository: str | os.PathLike[str],
+    name: str = "unet",
+    version: int | None = None,
+    *,
+    keep: int = KEEP,
+    load: Load | None = None,
+) -> PublishedVersion:
+    """Serve a former version again: a copy of it, with its configuration, becomes the next version.
+
+    Versions only ever count up, so that an answer's version says which network gave it.
+
+    Args:
+        repository: folder of the models.
+        name: the model's name.
+        version: which to go back to; by default the newest that differs from the present one.
+        keep: versions that stay, the new one included.
+        load: has a running server take the version; if that fails, it is taken back.
+
+    Raises:
+        CardError: the version's files are not what its card says.
+        RepositoryError: there is no such version, or the server did not take it.
+    """
+    folder = Path(repository) / name
+    if not folder.is_dir():
+        raise RepositoryError(f"{folder} does not exist: name the model with --model_name")
+    with _sole_publisher(folder):
+        source = folder / str(_former(folder) if version is None else version)
+        if not (source / CONFIG_FILE).is_file():
+            known = ", ".join(map(str, versions_in(folder))) or "none"
+            raise RepositoryError(f"{source} is no version to go back to; there are {known}")
+        _verify(source)
+
+        def fill(aside: Path) -> None:
+            shutil.copytree(source, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+        return _release(folder, fill, keep, load)
+
+
+def versions_in(folder: Path) -> list[int]:
+    """The versions in a model's folder, the oldest first."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def _former(folder: Path) -> int:
+    *others, present = versions_in(folder) or [0]
+    for version in reversed(others):
+        if _content(folder / str(version)) != _content(folder / str(present)):
+            return version
+    raise RepositoryError(f"{folder} has no version that differs from the present one: publish one")
+
+
+def _content(version: Path) -> list[bytes]:
+    """What makes a version what it is; the card holds the hash of the network."""
+    return [path.read_bytes() for name in (CARD_FILE, CONFIG_FILE) if (path := version / name).exists()]
+
+
+def _verify(version: Path) -> None:
+    card = Card.load(version)
+    for name, artefact in card.artefacts.items():
+        if (version / artefact.file).exists():
+            card.verify(name)
+
+
+def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load | None) -> PublishedVersion:
+    """Add the next version, make its configuration the model's, have it loaded, and remove what is too old."""
+    if keep < 1:
+        raise RepositoryError(f"keep is {keep}; the new version itself is one, so it must be at least 1")
+    version = max([0, *versions_in(folder)]) + 1
+    path, config = folder / str(version), folder / CONFIG_FILE
+    former = config.read_bytes() if config.exists() else None
+    with atomic_directory(path) as aside:
+        fill(aside)
+    _replace(config, (path / CONFIG_FILE).read_bytes())
+    if load is not None:
+        try:
+            load(folder.name, version)
+        except BaseException as error:
+            _take_back(path, former)
+            if not isinstance(error, UnetError):
+                raise
+            raise RepositoryError(f"version {version} of {folder.name} was taken back: {error}") from error
+    for old in versions_in(folder)[:-keep]:
+        _remove(folder / str(old))
+    return PublishedVersion(path, version)
+
+
+def _take_back(path: Path, former: bytes | None) -> None:
+    config = path.parent / CONFIG_FILE
+    if former is None:
+        config.unlink()
+    else:
+        _replace(config, former)
+    _remove(path)
+
+
+def _replace(config: Path, content: bytes) -> None:
+    with atomic_file(config) as aside:
+        aside.write_bytes(content)
+
+
+def _remove(version: Path) -> None:
+    """Remove a version at once for whoever looks at its name, and then its files."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{version.name}.old.", dir=version.parent))
+    os.replace(version, aside / version.name)
+    shutil.rmtree(aside)
 
 
 @contextlib.contextmanager
 def _sole_publisher(folder: Path) -> Iterator[None]:
     """Let no two processes choose the same next version; the lock ends with its holder."""
-    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -156,40 +218,75 @@ def _sole_publisher(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Publish a new version."""
+def _parser() -> argparse.ArgumentParser:
     default = ModelSettings()
     parser = argparse.ArgumentParser(
         prog="serve/repository.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--artefacts", type=Path, default=Path("artefacts"), help="folder that export/main.py wrote")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--artefacts", type=Path, default=Path("artefacts"), help="folder that export/main.py wrote")
+    what.add_argument("--rollback", action="store_true", help="go back to a former version instead")
+    parser.add_argument("--version", type=int, help="of --rollback; by default the last that differs")
     parser.add_argument("--model_repository", type=Path, default=Path("model_repository"), help="where to publish")
     parser.add_argument("--model_name", default=default.name, help="the model's name")
+    parser.add_argument("--keep", type=int, default=KEEP, help="versions that stay, the new one included")
+    parser.add_argument("--load", action="store_true", help="have the running server take it, see serve/triton.py")
+    parser.add_argument("--state_dir", type=Path, default=Path(".cache/triton"), help="of that server")
+    parser.add_argument("--profile", choices=tuple(PROFILES), default=default.profile, help="machine that serves")
     parser.add_argument("--max_batch_size", type=int, default=default.max_batch_size, help="most tiles in one pass")
     parser.add_argument(
-        "--max_queue_delay_us", type=int, default=default.max_queue_delay_us, help="wait for others to share a pass"
+        "--max_queue_delay_us", type=int, help="wait for others to share a pass (default: the profile's)"
+    )
+    parser.add_argument(
+        "--preferred_batch_sizes", type=int, nargs="+", default=[], help="of a pass that are worth the wait"
     )
     parser.add_argument(
         "--max_queue_size", type=int, default=default.max_queue_size, help="requests that may wait; 0: any"
     )
-    parser.add_argument("--instances", type=int, default=default.instances, help="copies of the network")
+    parser.add_argument(
+        "--default_timeout_us", type=int, default=default.default_timeout_us, help="longest wait in the queue; 0: any"
+    )
+    parser.add_argument(
+        "--priority_levels", type=int, default=default.priority_levels, help="1 goes first; 0: none does"
+    )
+    parser.add_argument(
+        "--instances", type=int, default=default.instances, help="copies of the network; 0: by the machine"
+    )
     parser.add_argument(
         "--threads", type=int, default=default.threads, help="threads of each copy; 0 shares out the cores"
     )
-    chosen = parser.parse_args(argv)
-    settings = ModelSettings(
-        name=chosen.model_name,
-        max_batch_size=chosen.max_batch_size,
-        max_queue_delay_us=chosen.max_queue_delay_us,
-        max_queue_size=chosen.max_queue_size,
-        instances=chosen.instances,
-        threads=chosen.threads,
-    )
-    published = publish(chosen.artefacts, chosen.model_repository, settings)
-    say(
-        f"{published.path}: version {published.version} of {settings.name}; a running server takes it at its next start"
-    )
+    parser.add_argument("--response_cache", action="store_true", help="keep answers; see --response_cache_mib there")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Publish a new version, or go back to a former one."""
+    chosen = _parser().parse_args(argv)
+    load: Load | None = None
+    if chosen.load:
+        from serve.triton_control import control_of
+
+        load = control_of(chosen.state_dir, chosen.model_repository).load
+    if chosen.rollback:
+        published = rollback(chosen.model_repository, chosen.model_name, chosen.version, keep=chosen.keep, load=load)
+    else:
+        settings = ModelSettings(
+            name=chosen.model_name,
+            profile=chosen.profile,
+            max_batch_size=chosen.max_batch_size,
+            max_queue_delay_us=chosen.max_queue_delay_us,
+            preferred_batch_sizes=tuple(chosen.preferred_batch_sizes),
+            max_queue_size=chosen.max_queue_size,
+            default_timeout_us=chosen.default_timeout_us,
+            priority_levels=chosen.priority_levels,
+            instances=chosen.instances,
+            threads=chosen.threads,
+            response_cache=chosen.response_cache,
+        )
+        published = publish(chosen.artefacts, chosen.model_repository, settings, keep=chosen.keep, load=load)
+    served = "the running server serves it" if load else "a running server takes it at its next start"
+    say(f"{published.path}: version {published.version} of {chosen.model_name}; {served}")
     return 0
 
 

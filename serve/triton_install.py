@@ -55,8 +55,6 @@ class Installation:
             **base,
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
             "PATH": os.pathsep.join(programs),
-            # Published versions stay as they were published.
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
 
 

@@ -12,8 +12,9 @@ import uuid
 from typing import TYPE_CHECKING
 
 from serve import triton_guard
+from serve.triton_check import check_repository
 from serve.triton_install import Installation, TritonError, find_installation
-from serve.triton_settings import ServerSettings, server_command
+from serve.triton_settings import ServerSettings, admin_key, server_command
 from serve.triton_state import answers_ready, clear_up_after, load_state, state_file
 from unet.processes import signals_held_back
 
@@ -57,11 +58,11 @@ class TritonServer:
                 then its log's end is in the message.
         """
         settings = self.settings
-        models = models_in(settings.repository)
+        models = check_repository(settings.repository)
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         _require_none_running(settings.state_dir)
         for name, port in settings.ports.items():
-            _require_free_port(settings.address, name, port)
+            _require_free_port(settings.http_address if name == "http_port" else settings.address, name, port)
         installation = find_installation(settings.state_dir.resolve())
         settings.log.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -74,17 +75,22 @@ class TritonServer:
     def _launch(self, installation: Installation, models: list[str]) -> None:
         settings = self.settings
         prefix = f"{_SEGMENT_PREFIX}{uuid.uuid4().hex[:12]}-"
+        key_file, key = admin_key(settings)
         task = {
-            "command": server_command(settings, installation, prefix),
+            "command": server_command(settings, installation, prefix, models, key),
             "state_file": str(state_file(settings.state_dir.resolve())),
             "state": {
                 "shm_prefix": prefix,
                 "stop_timeout_s": settings.stop_timeout_s,
                 "address": settings.address,
+                "http_address": settings.http_address,
                 "http_port": settings.http_port,
                 "grpc_port": settings.grpc_port,
+                "repository": str(settings.repository.resolve()),
                 "models": models,
                 "log": str(settings.log.resolve()),
+                "model_control": settings.model_control,
+                "admin_key_file": str(key_file.resolve()),
             },
         }
         with settings.log.open("wb") as log:
@@ -104,7 +110,7 @@ class TritonServer:
         assert self._guard is not None
         settings = self.settings
         deadline = time.monotonic() + settings.start_timeout_s
-        while not answers_ready(settings.address, settings.http_port, models):
+        while not answers_ready(settings.http_address, settings.http_port, models):
             # Waiting for the guard is the clock: an early end is noticed at once.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._guard.wait(_POLL_S)
@@ -158,23 +164,6 @@ class TritonServer:
             if state is not None and state.guard_pid == self._guard.pid:
                 clear_up_after(state, self.settings.state_dir)
             self._guard = None
-
-
-def models_in(repository: Path) -> list[str]:
-    """The models that a repository holds.
-
-    Raises:
-        TritonError: there is none, or one without a version.
-    """
-    models = sorted(path.parent.name for path in repository.glob("*/config.pbtxt") if path.parent.name[0] != ".")
-    if not models:
-        raise TritonError(
-            f"{repository} holds no model: publish one with `python serve/repository.py --artefacts ARTEFACTS`"
-        )
-    for model in models:
-        if not any(path.is_dir() and path.name.isdecimal() for path in (repository / model).iterdir()):
-            raise TritonError(f"{repository / model} has a config.pbtxt but no version: publish the model again")
-    return models
 
 
 def _require_none_running(state_dir: Path) -> None:

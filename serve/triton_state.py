@@ -36,10 +36,14 @@ class ServerState:
     shm_prefix: str
     stop_timeout_s: float
     address: str
+    http_address: str
     http_port: int
     grpc_port: int
+    repository: str
     models: list[str]
     log: str
+    model_control: str
+    admin_key_file: str
 
     @property
     def is_kept(self) -> bool:
@@ -49,7 +53,7 @@ class ServerState:
     @property
     def is_ready(self) -> bool:
         """Whether the server and all its models answer that they are."""
-        return answers_ready(self.address, self.http_port, self.models)
+        return answers_ready(self.http_address, self.http_port, self.models)
 
 
 def state_file(state_dir: Path) -> Path:
@@ -73,9 +77,9 @@ def load_state(state_dir: Path) -> ServerState | None:
         raise TritonError(f"{path} is not the state of a server: see with ps what runs, and delete it") from error
 
 
-def answers_ready(address: str, http_port: int, models: list[str]) -> bool:
+def answers_ready(http_address: str, http_port: int, models: list[str]) -> bool:
     """Whether the server behind a port, and every one of ``models`` in it, says that it is ready."""
-    connection = http.client.HTTPConnection(address, http_port, timeout=_HEALTH_TIMEOUT_S)
+    connection = http.client.HTTPConnection(http_address, http_port, timeout=_HEALTH_TIMEOUT_S)
     try:
         for path in ("/v2/health/ready", *(f"/v2/models/{model}/ready" for model in models)):
             connection.request("GET", path)

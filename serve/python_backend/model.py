@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from unet.card import Card
-from unet.cpu_engine import CpuEngine, EngineChoice
-from unet.errors import UnetError
+# The modules that this version was published with lie beside this file: it needs no installed project, and runs as it
+# was published whatever is installed. The version stays as it was, without bytecode.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.dont_write_bytecode = True
+
+from unet.card import Card  # noqa: E402
+from unet.cpu_engine import CpuEngine, EngineChoice  # noqa: E402
+from unet.errors import UnetError  # noqa: E402
+from unet.machine import usable_cores  # noqa: E402
 
 
 class TritonPythonModel:
@@ -55,7 +61,6 @@ class TritonPythonModel:
 
 
 def _threads(config: dict[str, Any]) -> int:
-    """The configured threads, or this machine's cores shared out among the instances."""
-    configured = int(config["parameters"]["threads"]["string_value"])
-    instances = sum(int(group["count"]) for group in config["instance_group"])
-    return configured or max(1, len(os.sched_getaffinity(0)) // instances)
+    """The configured threads, or this instance's share of the cores that the process may use."""
+    parameters = {name: int(config["parameters"][name]["string_value"]) for name in ("threads", "core_shares")}
+    return parameters["threads"] or max(1, usable_cores() // parameters["core_shares"])

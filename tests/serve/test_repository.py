@@ -17,6 +17,7 @@ from serve.repository import ModelSettings, RepositoryError, main, model_config,
 from unet.card import Card, CardError
 from unet.files import sha256_of
 from unet.geometry import GeometryError
+from unet.machine import numa_nodes
 
 
 def read_config(repository: Path, name: str = "unet") -> Any:
@@ -31,7 +32,9 @@ def read_config(repository: Path, name: str = "unet") -> Any:
 def test_a_version_holds_what_serving_takes_and_nothing_else(tiny_artefacts: Path, tmp_path: Path) -> None:
     published = publish(tiny_artefacts, tmp_path, ModelSettings())
     assert (published.path, published.version) == (tmp_path / "unet" / "1", 1)
-    assert {path.name for path in published.path.iterdir()} == {"model.py", "model.fp16.onnx", "card.json"}
+    assert {path.name for path in published.path.iterdir()} == {
+        *("model.py", "unet", "model.fp16.onnx", "card.json", "config.pbtxt")
+    }
     assert {path.name for path in (tmp_path / "unet").iterdir()} == {"1", "config.pbtxt"}
     assert Card.load(published.path).verify_engine() == published.path / "model.fp16.onnx"
 
@@ -49,12 +52,15 @@ def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Pat
     assert config.dynamic_batching.max_queue_delay_microseconds == 250
     policy = config.dynamic_batching.default_queue_policy
     assert (policy.max_queue_size, policy.allow_timeout_override) == (7, True)
-    assert [(group.kind, group.count) for group in config.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, 1)]
+    # With a queue limit only a free instance makes the batcher look at a request at once.
+    assert [(group.kind, group.count) for group in config.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, 2)]
     assert config.version_policy.latest.num_versions == 1
     assert {name: value.string_value for name, value in config.parameters.items()} == {
         "tile_sizes": "204,252",
+        "profile": "cpu",
         "engine": "onnxruntime f32",
         "threads": "3",
+        "core_shares": str(numa_nodes()),
         "card_sha256": sha256_of(tiny_artefacts / "card.json"),
     }
     assert [list(warmup.inputs["image"].dims) for warmup in config.model_warmup] == [[1, 204, 204], [1, 252, 252]]
@@ -76,7 +82,7 @@ def test_every_configuration_survives_being_written_and_read(tiny_artefacts: Pat
 
     config = model_config(Card.load(tiny_artefacts), settings)
     assert text_format.Parse(text_format.MessageToString(config), type(config)()) == config
-    assert config.dynamic_batching.max_queue_delay_microseconds == settings.max_queue_delay_us
+    assert config.dynamic_batching.max_queue_delay_microseconds == settings.queue_delay_us
 
 
 def test_versions_count_on_and_keep_what_is_there(tiny_artefacts: Path, tmp_path: Path) -> None:
@@ -91,7 +97,7 @@ def test_versions_count_on_and_keep_what_is_there(tiny_artefacts: Path, tmp_path
 
 def test_publishers_at_the_same_time_get_versions_of_their_own(tiny_artefacts: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        tasks = [pool.submit(publish, tiny_artefacts, tmp_path, ModelSettings()) for _ in range(16)]
+        tasks = [pool.submit(publish, tiny_artefacts, tmp_path, ModelSettings(), keep=16) for _ in range(16)]
     assert sorted(task.result().version for task in tasks) == list(range(1, 17))
     assert len(list((tmp_path / "unet").iterdir())) == 17
 
@@ -129,7 +135,7 @@ def test_a_tile_size_that_the_network_cannot_take_is_refused(tiny_artefacts: Pat
         ("max_queue_delay_us", -1),
         ("max_queue_size", -1),
         ("default_timeout_us", 2**31),
-        ("instances", 0),
+        ("instances", -1),
         ("threads", -1),
         ("name", ""),
         ("name", "../unet"),

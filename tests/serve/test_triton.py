@@ -19,9 +19,9 @@ import pytest
 
 from serve.repository import ModelSettings, publish
 from serve.triton import main
-from serve.triton_install import TritonError
+from serve.triton_install import TritonError, find_installation
 from serve.triton_process import TritonServer
-from serve.triton_settings import ServerSettings
+from serve.triton_settings import ServerSettings, server_command
 from serve.triton_state import ServerState, load_state
 
 MakeSettings = Callable[..., ServerSettings]
@@ -196,7 +196,7 @@ def test_the_server_is_closed_to_the_network_and_to_model_control(triton_server:
     assert {c.laddr.ip.replace("::ffff:", "") for c in listening} == {"127.0.0.1"}
     with grpc.InferenceServerClient(triton_server.settings.grpc_url) as client:
         for change in (client.load_model, client.unload_model):
-            with pytest.raises(InferenceServerException, match="explicit model load / unload is not allowed"):
+            with pytest.raises(InferenceServerException, match="This protocol is restricted"):
                 change("unet")
 
 
@@ -269,7 +269,7 @@ def test_another_server_starts_after_a_guard_was_killed_while_starting(
     command: Callable[..., subprocess.Popen[str]], repository: Path, tmp_path: Path
 ) -> None:
     good = (repository / "unet" / "1" / "model.py").read_text()
-    (repository / "unet" / "1" / "model.py").unlink()
+    start_up_slowly(repository)
     command("run")
     state = state_of(tmp_path)
     until(lambda: segments(state.shm_prefix))
@@ -308,7 +308,7 @@ def test_a_server_that_does_not_end_is_killed_even_when_ctrl_c_comes_twice(
 
 
 def test_a_start_up_that_hangs_is_bounded_and_reported(repository: Path, settings_for: MakeSettings) -> None:
-    (repository / "unet" / "1" / "model.py").unlink()
+    start_up_slowly(repository)
     started = time.monotonic()
     with pytest.raises(TritonError, match=r"not ready after 3 s and was stopped; the end of (?s:.*)loading: unet:1"):
         TritonServer(settings_for(repository, start_timeout_s=3)).start()
@@ -338,9 +338,43 @@ def test_a_repository_without_a_model_is_refused(
     assert main(["run", "--model_repository", str(tmp_path), "--state_dir", str(tmp_path / "state")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no model: publish one with")
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.pbtxt").touch()
+    (tmp_path / "unet" / "config.pbtxt").write_text('name: "unet" backend: "python"')
     with pytest.raises(TritonError, match="no version"):
         TritonServer(settings_for(tmp_path)).start()
+
+
+def test_what_would_make_triton_hang_or_fail_is_found_before_it_starts(
+    repository: Path, settings_for: MakeSettings
+) -> None:
+    model, settings = repository / "unet", settings_for(repository)
+    config = (model / "config.pbtxt").read_text()
+
+    def refuses(words: str) -> None:
+        with pytest.raises(TritonError, match=words):
+            TritonServer(settings).start()
+        assert not settings.log.exists()
+
+    for content, words in (
+        ("what is this {", "is not a configuration of Triton's"),
+        (config.replace('name: "unet"', 'name: "vnet"', 1), "is of the model 'vnet', not unet"),
+        (config.replace("card_sha256", "card"), "was not published with version 1, as when publishing was interrupted"),
+    ):
+        (model / "config.pbtxt").write_text(content)
+        refuses(words)
+    (model / "config.pbtxt").write_text(config)
+    (model / "1" / "model.py").unlink()
+    refuses(r"1/model\.py is missing, so that Triton could not load version 1: publish it again")
+
+
+def test_open_to_the_network_http_and_shared_memory_stay_on_this_machine(tmp_path: Path) -> None:
+    settings = ServerSettings(tmp_path, tmp_path, tmp_path, address="0.0.0.0")
+    installation = find_installation(tmp_path)
+    flags = dict(flag.partition("=")[::2] for flag in server_command(settings, installation, "prefix", [], "KEY"))
+    assert (flags["--http-address"], flags["--grpc-address"]) == ("127.0.0.1", "0.0.0.0")
+    assert flags["--grpc-restricted-protocol"] == "model-repository,trace,logging,shared-memory:admin-key=KEY"
+    both = ServerSettings(tmp_path, tmp_path, tmp_path, address="0.0.0.0", http_address="0.0.0.0")
+    flags = dict(flag.partition("=")[::2] for flag in server_command(both, installation, "prefix", [], "KEY"))
+    assert flags["--http-restricted-api"] == "model-repository,trace,logging,shared-memory:admin-key=KEY"
 
 
 def test_stop_without_a_server_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,244 @@
+"""How a published model behaves on this machine: readiness, first answer, batching: ``python serve/trial.py``.
+
+Serves artefacts from a folder of its own, once for each queue delay, on free ports, and asks one tile at a time from
+one client and from several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from serve.repository import ModelSettings, publish
+from serve.triton_process import TritonServer
+from serve.triton_settings import ServerSettings
+from unet.errors import UnetError, command, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_LONE_REQUESTS = 15
+_TIMEOUT_S = 300.0
+
+
+class TrialError(UnetError):
+    """A trial that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What several clients came to, each with one tile under way at a time.
+
+    Attributes:
+        clients: how many.
+        img_per_s: images over wall time.
+        p50_ms: median of a request.
+        p99_ms: and its tail.
+        queue_ms: what a request waited before its pass, on average, by the server's own counts.
+        batch: images in a pass, by the server's own counts.
+        cpu_ms: time of all cores that the server's processes took for an image; other work on the machine hardly
+            changes it.
+    """
+
+    clients: int
+    img_per_s: float
+    p50_ms: float
+    p99_ms: float
+    queue_ms: float
+    batch: float
+    cpu_ms: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one way of serving came to.
+
+    Attributes:
+        settings: of the model.
+        ready_s: from the command to readiness.
+        first_ms: the first request after that.
+        median_ms: of those that one client sends next.
+        loads: under more clients.
+    """
+
+    settings: ModelSettings
+    ready_s: float
+    first_ms: float
+    median_ms: float
+    loads: tuple[Load, ...]
+
+
+def try_out(
+    artefacts: Path, settings: ModelSettings, clients: Sequence[int], *, tile_size: int, seconds: float
+) -> Trial:
+    """Serve artefacts once and measure.
+
+    Args:
+        artefacts: folder that the exporter wrote.
+        settings: how they are served.
+        clients: numbers of clients to try, one after the other.
+        tile_size: rows and columns of a tile.
+        seconds: for each number of clients.
+
+    Raises:
+        UnetError: they cannot be published or served.
+    """
+    with tempfile.TemporaryDirectory(prefix="unet-trial-") as name:
+        folder = Path(name)
+        publish(artefacts, folder / "models", settings)
+        http, grpc, metrics = _free_ports(3)
+        server = ServerSettings(folder / "models", folder / "log", folder / "state", http, grpc, metrics)
+        started = time.perf_counter()
+        with TritonServer(server) as triton:
+            ready_s = time.perf_counter() - started
+            with _asker(server.grpc_url, settings.name, tile_size) as ask:
+                first_ms, *lone = (ask() for _ in range(1 + _LONE_REQUESTS))
+            loads = tuple(_load(triton, settings.name, count, tile_size, seconds) for count in clients)
+    return Trial(settings, ready_s, first_ms, statistics.median(lone), loads)
+
+
+@contextlib.contextmanager
+def _asker(url: str, model: str, tile_size: int) -> Iterator[Any]:
+    """A function that has one tile segmented and gives the milliseconds."""
+    from tritonclient import grpc
+
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, tile_size, tile_size), np.uint8)
+    tensor = grpc.InferInput("image", list(image.shape), "UINT8")
+    tensor.set_data_from_numpy(image)
+    with grpc.InferenceServerClient(url) as client:
+        # The connection is not the model's.
+        client.is_server_live()
+
+        def ask() -> float:
+            begun = time.perf_counter()
+            client.infer(model, [tensor], client_timeout=_TIMEOUT_S)
+            return (time.perf_counter() - begun) * 1e3
+
+        yield ask
+
+
+def _load(server: TritonServer, model: str, clients: int, tile_size: int, seconds: float) -> Load:
+    url = server.settings.grpc_url
+    latencies_ms: list[float] = []
+    failures: list[Exception] = []
+    begin = threading.Barrier(clients + 1)
+    end = threading.Event()
+
+    def run() -> None:
+        with _asker(url, model, tile_size) as ask:
+            begin.wait()
+            try:
+                while not end.is_set():
+                    latencies_ms.append(ask())
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    before, cpu_s = _counts(url, model), _cpu_s(server)
+    begin.wait()
+    started = time.perf_counter()
+    end.wait(seconds)
+    end.set()
+    for thread in threads:
+        thread.join()
+    wall_s = time.perf_counter() - started
+    cpu_s = _cpu_s(server) - cpu_s
+    if failures:
+        raise TrialError(f"a request failed while {clients} clients asked: {failures[0]}")
+    images, passes, requests, queue_ns = (after - then for after, then in zip(_counts(url, model), before))
+    p50_ms, p99_ms = (float(value) for value in np.percentile(latencies_ms, (50, 99)))
+    rate = len(latencies_ms) / wall_s
+    return Load(clients, rate, p50_ms, p99_ms, queue_ns / requests / 1e6, images / passes, cpu_s / images * 1e3)
+
+
+def _cpu_s(server: TritonServer) -> float:
+    """What the server and the python backend's processes have computed so far."""
+    process = psutil.Process(server.pid)
+    times = [each.cpu_times() for each in (process, *process.children())]
+    return float(sum(each.user + each.system for each in times))
+
+
+def _counts(url: str, model: str) -> tuple[int, int, int, int]:
+    """Images, passes of the engine, requests and the nanoseconds that they waited, as the server counts them."""
+    from tritonclient import grpc
+
+    with grpc.InferenceServerClient(url) as client:
+        counts = client.get_inference_statistics(model).model_stats[0]
+    queue = counts.inference_stats.queue
+    return int(counts.inference_count), int(counts.execution_count), int(queue.count), int(queue.ns)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def row(trial: Trial, load: Load) -> str:
+    """One line of the table."""
+    settings = trial.settings
+    policy = "yes" if settings.queue_policy else "no"
+    cells = (
+        *(f"{settings.queue_delay_us / 1e3:g}", policy, str(settings.instance_count), f"{trial.ready_s:.1f}"),
+        *(f"{trial.first_ms:.0f}", f"{trial.median_ms:.0f}", str(load.clients), f"{load.img_per_s:.1f}"),
+        *(f"{load.p50_ms:.0f}", f"{load.p99_ms:.0f}", f"{load.queue_ms:.1f}", f"{load.batch:.2f}"),
+        f"{load.cpu_ms:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+HEADINGS = (
+    *("delay ms", "queue policy", "instances", "ready s", "first ms", "median ms"),
+    *("clients", "img/s", "p50 ms", "p99 ms", "queue ms", "images in a pass", "CPU ms/img"),
+)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Try every combination and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="serve/trial.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--artefacts", type=Path, default=Path("artefacts"), help="folder that export/main.py wrote")
+    parser.add_argument("--max_queue_delay_us", type=int, nargs="+", default=[0], help="to try, one after the other")
+    parser.add_argument("--max_queue_size", type=int, nargs="+", default=[0], help="to try; 0 is no queue policy")
+    parser.add_argument("--instances", type=int, nargs="+", default=[0], help="to try; 0: by the machine")
+    parser.add_argument("--threads", type=int, default=0, help="of each instance; 0 shares out the cores")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16], help="that ask at the same time")
+    parser.add_argument("--tile_size", type=int, default=572, help="rows and columns of a tile")
+    parser.add_argument("--seconds", type=float, default=8, help="for each number of clients")
+    chosen = parser.parse_args(argv)
+    if chosen.seconds <= 0 or min(chosen.clients) < 1:
+        parser.error("--seconds must be positive, --clients at least 1")
+    say(f"| {' | '.join(HEADINGS)} |\n|{'---:|' * len(HEADINGS)}")
+    for delay_us, size, instances in itertools.product(
+        chosen.max_queue_delay_us, chosen.max_queue_size, chosen.instances
+    ):
+        settings = ModelSettings(
+            threads=chosen.threads, max_queue_delay_us=delay_us, max_queue_size=size, instances=instances
+        )
+        trial = try_out(chosen.artefacts, settings, chosen.clients, tile_size=chosen.tile_size, seconds=chosen.seconds)
+        for load in trial.loads:
+            say(row(trial, load))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from serve.repository import ModelSettings, publish
+from serve.triton_control import control_of
+from serve.triton_install import TritonError
+from serve.triton_process import TritonServer
+from serve.triton_settings import ServerSettings
+from tests.serve.conftest import free_ports
+
+TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """PEM files of a certificate and its private key."""
+
+    cert: Path
+    key: Path
+
+
+class Authority:
+    """A certificate authority of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority {folder.name}")])
+        self.cert = folder / "ca.pem"
+        certificate = self._builder(self._name, self._key.public_key()).add_extension(
+            x509.BasicConstraints(ca=True, path_length=None), critical=True
+        )
+        self.cert.write_bytes(self._sign(certificate))
+
+    def issue(self, name: str) -> Pair:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        certificate = self._builder(subject, key.public_key()).add_extension(
+            x509.SubjectAlternativeName(names), critical=False
+        )
+        pair = Pair(self._folder / f"{name}.pem", self._folder / f"{name}.key")
+        pair.cert.write_bytes(self._sign(certificate))
+        pair.key.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return pair
+
+    def _builder(self, subject: x509.Name, key: Any) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+        )
+
+    def _sign(self, builder: x509.CertificateBuilder) -> bytes:
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@dataclass(frozen=True)
+class Secured:
+    """A server that admits only clients of its authority."""
+
+    server: TritonServer
+    authority: Authority
+    stranger: Pair
+
+
+@pytest.fixture(scope="module")
+def secured(tiny_artefacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("tls")
+    authority, other = Authority(folder / "ours"), Authority(folder / "other")
+    pair = authority.issue("server")
+    publish(tiny_artefacts, folder / "models", ModelSettings())
+    http, grpc, metrics = free_ports(3)
+    settings = ServerSettings(
+        folder / "models",
+        folder / "log",
+        folder / "state",
+        http,
+        grpc,
+        metrics,
+        model_control="explicit",
+        tls_cert=pair.cert,
+        tls_key=pair.key,
+        tls_client_ca=authority.cert,
+    )
+    with TritonServer(settings) as server:
+        yield Secured(server, authority, other.issue("client"))
+
+
+def connect(secured: Secured, pair: Pair | None, authority: Path | None = None) -> Any:
+    from tritonclient import grpc
+
+    return grpc.InferenceServerClient(
+        secured.server.settings.grpc_url,
+        ssl=True,
+        root_certificates=str(authority or secured.authority.cert),
+        private_key=str(pair.key) if pair else None,
+        certificate_chain=str(pair.cert) if pair else None,
+    )
+
+
+def test_a_client_of_the_authority_is_served(secured: Secured) -> None:
+    from tritonclient import grpc
+
+    tensor = grpc.InferInput("image", [1, 1, 204, 204], "UINT8")
+    tensor.set_data_from_numpy(np.full((1, 1, 204, 204), 255, np.uint8))
+    with connect(secured, secured.authority.issue("client")) as client:
+        answer = client.infer("unet", [tensor], client_timeout=TIMEOUT_S)
+    assert answer.as_numpy("probability").max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("who", ["nobody", "stranger", "wrong server", "plain"])
+def test_anyone_else_is_refused(secured: Secured, who: str, tmp_path: Path) -> None:
+    from tritonclient import grpc
+    from tritonclient.utils import InferenceServerException
+
+    if who == "plain":
+        client = grpc.InferenceServerClient(secured.server.settings.grpc_url)
+    elif who == "wrong server":
+        client = connect(secured, secured.authority.issue("client"), Authority(tmp_path / "third").cert)
+    else:
+        client = connect(secured, secured.stranger if who == "stranger" else None)
+    with client, pytest.raises(InferenceServerException, match="UNAVAILABLE"):
+        client.get_model_config("unet", client_timeout=TIMEOUT_S)
+
+
+def test_http_is_no_way_round(secured: Secured) -> None:
+    from tritonclient import http
+    from tritonclient.utils import InferenceServerException
+
+    image = http.InferInput("image", [1, 1, 204, 204], "UINT8")
+    image.set_data_from_numpy(np.zeros((1, 1, 204, 204), np.uint8))
+    with http.InferenceServerClient(secured.server.settings.http_url) as client:
+        assert client.is_server_ready()
+        for ask in (
+            lambda: client.infer("unet", [image]),
+            lambda: client.get_model_config("unet"),
+            client.get_server_metadata,
+            client.get_system_shared_memory_status,
+        ):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                ask()
+    # The supervisor has the key.
+    control_of(secured.server.settings.state_dir).canary("unet", TIMEOUT_S)
+
+
+def test_what_belongs_together_is_asked_for(tmp_path: Path) -> None:
+    there = tmp_path / "there.pem"
+    there.touch()
+    for changes, words in (
+        ({"tls_cert": there}, "go together"),
+        ({"tls_client_ca": there}, "needs both"),
+        ({"tls_cert": there, "tls_key": tmp_path / "gone.key"}, r"gone\.key does not exist"),
+        ({"admin_key_file": tmp_path / "gone"}, "gone does not exist"),
+        ({"model_control": "poll"}, "model_control is poll"),
+        ({"response_cache_mib": -1}, "response_cache_mib is -1"),
+    ):
+        with pytest.raises(TritonError, match=words):
+            ServerSettings(tmp_path, tmp_path, tmp_path, **changes)  # type: ignore[arg-type]

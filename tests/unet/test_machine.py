@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from unet.machine import numa_nodes, usable_cores
+
+ALLOWED = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, ALLOWED),
+        ({"cpu.max": "max 100000\n"}, ALLOWED),
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu.max": "1000 100000\n"}, 1),
+        ({"cpu.max": "99900000 100000\n"}, ALLOWED),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, ALLOWED),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu.max": "what is this"}, ALLOWED),
+    ],
+)
+def test_a_containers_quota_counts(files: dict[str, str], cores: int, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert usable_cores(tmp_path) == cores
+
+
+def test_half_a_core_more_is_a_core_more(tmp_path: Path) -> None:
+    if ALLOWED < 2:
+        pytest.skip("there is one core")
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert usable_cores(tmp_path) == 2
+
+
+def test_memory_nodes_count_where_this_process_may_run(tmp_path: Path) -> None:
+    assert numa_nodes() >= 1
+    assert numa_nodes(tmp_path) == 1
+    first = min(os.sched_getaffinity(0))
+    for number, listing in enumerate((f"{first}", "5000-5001,5003", "", f"4000,{first}-{first + 1}")):
+        (tmp_path / f"node{number}").mkdir()
+        (tmp_path / f"node{number}" / "cpulist").write_text(f"{listing}\n")
+    assert numa_nodes(tmp_path) == 2
