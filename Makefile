@@ -32,7 +32,7 @@ install: $(VENV)/.installed  ## create .venv with everything that this machine c
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile | check-tools
 	@echo "installing into $(VENV) with $$($(PYTHON) --version)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[train,export,serve,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[train,export,serve,zarr,dask,dev]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m train.install_horovod --version $(HOROVOD) --wheels "$(WHEELS)"
 	@touch $@
 
@@ -68,11 +68,16 @@ serve: install  ## the published model on Triton until Ctrl-C; with BACKGROUND=1
 stop: install  ## stop what `make serve` started
 	@$(BIN)/python serve/triton.py stop
 
+.PHONY: report
+report: install  ## one page with slices, scores, speed and card of what the demo made
+	@$(BIN)/python serve/report.py --images demo/held-out-volume.tif --probability demo/held-out-volume-probability.tif \
+	--labels demo/held-out-labels.tif --benchmark demo/benchmark/benchmark.json --artefacts demo/artefacts $(REPORT_FLAGS)
+
 .PHONY: constraints
 constraints: install  ## resolve constraints.txt anew, for every supported Python
 	@$(BIN)/python -m pip install -qq uv
 	@$(BIN)/uv pip compile -q --universal --python-version 3.9 --python $(BIN)/python --index-strategy unsafe-best-match \
-	--no-annotate --custom-compile-command "make constraints" --extra train --extra export --extra serve --extra dev \
+	--no-annotate --custom-compile-command "make constraints" --extra train --extra export --extra serve --extra zarr --extra dask --extra dev \
 	pyproject.toml -o constraints.txt
 
 .PHONY: clean

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from unet.geometry import Tile, TilePlan
 
-# Of a band, at least one row of tiles: 32 MiB of float16.
-BAND_PX = 2**24
+# Of a band, at least one row of tiles: 8 MiB of float16.
+BAND_PX = 2**22
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from unet.geometry import TilePlan
 
 # Of pixels that are read at once where nothing else bounds it.
-_BLOCK_PX = 2**24
+_BLOCK_PX = 2**22
 # Computes the bands that are missing in a run's store.
 Filler = Callable[["Run", "list[tuple[int, Band]]"], None]
 

@@ -24,7 +24,7 @@ from unet.scores import score_stack
 from unet.stack import PROBABILITY_LIMITS, StackReader, read_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from unet.scores import StackScores
 
@@ -77,7 +77,7 @@ def slices_of(
     return shown
 
 
-def chart(title: str, x: Sequence[str], series: dict[str, Sequence[float]], unit: str) -> str:
+def chart(title: str, x: Sequence[str], series: Mapping[str, Sequence[float]], unit: str) -> str:
     """Lines over equally spaced places, as SVG; every point bears its value as a tooltip."""
     left, top, width, height = 46, 30, 420, 190
     values = [value for line in series.values() for value in line]

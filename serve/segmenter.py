@@ -270,6 +270,7 @@ class Segmenter:
     def _finished(self, works: deque[_Work]) -> tuple[Job, npt.NDArray[Any]]:
         self._dispatcher.wait_for(lambda: works[0].done)
         work = works.popleft()
+        work.batches.clear()  # they refer to it: its pixels go with the last reference, not at some collection
         return work.job, work.probability()
 
     def close(self) -> None:

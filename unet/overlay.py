@@ -60,7 +60,7 @@ def overlay_png(
     gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
     both = np.concatenate([raw, gap, membrane_overlay(image, probability, threshold)], axis=1)
     with atomic_file(path) as aside:
-        Image.fromarray(both).save(aside, format="PNG")
+        Image.fromarray(both).save(aside, format="PNG", compress_level=1)
 
 
 def shrink_factor(height: int, width: int) -> int:

@@ -163,12 +163,12 @@ def test_labels_by_bands_are_the_labels_of_the_whole(seed: int, rows: int, share
     import tempfile
 
     mask = np.random.default_rng(seed).random((rows * 64 + 10, 70)) < share
-    plan = plan_tiles(*mask.shape, 252)
-    bands = bands_of(plan, 1)
+    height, width = mask.shape
+    bands = bands_of(plan_tiles(height, width, 252), 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tifffile.imwrite(folder / "v.tif", mask.astype(np.uint8), photometric="minisblack")
-        store = RawStore(folder / "store", *mask.shape, np.dtype(np.float16))
+        store = RawStore(folder / "store", height, width, np.dtype(np.float16))
         store.write(0, 0, mask.astype(np.float16))
         with StackReader(folder / "v.tif") as volume:
             chosen = OutputSettings(("labels",), 0.5, "uint16", None, "test")
