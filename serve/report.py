@@ -81,19 +81,18 @@ def chart(title: str, x: Sequence[str], series: Mapping[str, Sequence[float]], u
     """Lines over equally spaced places, as SVG; every point bears its value as a tooltip."""
     left, top, width, height = 46, 30, 420, 190
     values = [value for line in series.values() for value in line]
-    low = 0.0 if min(values) < 0.5 * max(values) else min(values) - 0.1 * (max(values) - min(values) or 1)
-    span = (max(values) - low) or 1
+    span = max(values) or 1
     place = [left + width * (index + 0.5) / len(x) for index in range(len(x))]
     parts = [f'<text x="{left}" y="16" class="title">{html.escape(title)}</text>']
     for step in range(5):
         y = top + height - height * step / 4
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" class="left">{low + span * step / 4:.3g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" class="left">{span * step / 4:.4g}</text>')
     for name, at in zip(x, place):
         parts.append(f'<text x="{at:.1f}" y="{top + height + 18}" class="below">{html.escape(name)}</text>')
     for index, (name, line) in enumerate(series.items()):
         colour = _COLOURS[index % len(_COLOURS)]
-        points = [(at, top + height - height * (value - low) / span) for at, value in zip(place, line)]
+        points = [(at, top + height - height * value / span) for at, value in zip(place, line)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline points="{path}" stroke="{colour}"/>')
         for (a, b), value in zip(points, line):
