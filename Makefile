@@ -33,7 +33,7 @@ install: $(VENV)/.installed  ## create .venv with everything that this machine c
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile | check-tools
 	@echo "installing into $(VENV) with $$($(PYTHON) --version)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[train,export,serve,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[train,export,serve,zarr,dask,dev]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m train.install_horovod --version $(HOROVOD) --wheels "$(WHEELS)"
 	@touch $@
 
@@ -99,11 +99,17 @@ peers-install: .venv-peers/.installed  ## PyTorch for `make peers`, in an enviro
 peers: install peers-install  ## the same network by TensorFlow, ONNX Runtime, OpenVINO and PyTorch (PEERS_FLAGS=)
 	@$(BIN)/python serve/peers.py $(PEERS_FLAGS)
 
+.PHONY: report
+report: install  ## one page with slices, scores, speed and card of what the demo made
+	@$(BIN)/python serve/report.py --images demo/held-out-volume.tif --probability demo/held-out-volume-probability.tif \
+	--labels demo/held-out-labels.tif --benchmark demo/benchmark/benchmark.json --artefacts demo/artefacts $(REPORT_FLAGS)
+
 .PHONY: constraints
 constraints: install  ## resolve constraints.txt anew, for every supported Python
 	@$(BIN)/python -m pip install -qq uv
 	@$(BIN)/uv pip compile -q --universal --python-version 3.9 --python $(BIN)/python --index-strategy unsafe-best-match \
-	--no-annotate --custom-compile-command "make constraints" --extra train --extra export --extra serve --extra rtx --extra dev \
+	--no-annotate --custom-compile-command "make constraints" \
+	--extra train --extra export --extra serve --extra zarr --extra dask --extra rtx --extra dev \
 	pyproject.toml -o constraints.txt
 
 .PHONY: clean

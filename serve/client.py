@@ -3,127 +3,82 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
-
-from serve.connection import ClientError
+from serve.bands import bands_of
+from serve.connection import ClientError, DeadlineError, ServerBusyError, ServerGoneError
+from serve.outputs import KINDS, LABEL_DTYPES
+from serve.pipeline import Filler, Request, Summary, open_volume, segment_volume
 from serve.segmenter import SHARED_MEMORY, Segmenter
 from unet.errors import command, say
-from unet.intensity import Window, to_uint8, window_of
-from unet.overlay import overlay_png
-from unet.stack import StackReader, StackWriter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ClientError", "Segmenter", "segment_file"]
+__all__ = [
+    "ClientError",
+    "DeadlineError",
+    "Request",
+    "Segmenter",
+    "ServerBusyError",
+    "ServerGoneError",
+    "segment_volume",
+]
 
-
-@dataclass(frozen=True)
-class Summary:
-    """What segmenting one file came to."""
-
-    input: str
-    probability: str
-    overlay: str
-    slices: int
-    height: int
-    width: int
-    window: Window | None
-    seconds: float
-
-    @property
-    def slices_per_s(self) -> float:
-        """Slices per second, reading and writing included."""
-        return self.slices / self.seconds
-
-
-def segment_file(
-    segmenter: Segmenter,
-    source: Path,
-    target: Path,
-    overlay: Path,
-    *,
-    window: Window | None = None,
-    overlay_slice: int = 0,
-    threshold: float = 0.5,
-    quiet: bool = False,
-) -> Summary:
-    """Segment one stack into a 32-bit float stack of non-membrane probability, and draw one slice.
-
-    Args:
-        segmenter: the connection.
-        source: a stack of uint8 or uint16 slices.
-        target: the probabilities, with the source's pages, size and tags.
-        overlay: a PNG of one slice with its membrane.
-        window: the intensities that become 0 and 255; for uint16 the stack's own percentiles by default.
-        overlay_slice: which slice to draw.
-        threshold: of the drawing.
-        quiet: show no progress bar.
-
-    Raises:
-        StackError: if the source cannot be read.
-        ClientError: if the server does not answer or refuses, or there is no such slice to draw.
-    """
-    started = time.perf_counter()
-    with StackReader(source) as reader:
-        if not 0 <= overlay_slice < len(reader):
-            raise ClientError(f"{source} has slices 0 to {len(reader) - 1}; there is no slice {overlay_slice} to draw")
-        if window is None and reader.dtype != np.uint8:
-            window = window_of(reader)
-        slices = (to_uint8(page, window) for page in reader)
-        with (
-            StackWriter(target, reader, np.float32) as writer,
-            tqdm(total=len(reader), unit="slice", desc=source.name, disable=True if quiet else None) as bar,
-        ):
-            for index, probability in enumerate(segmenter.segment(slices)):
-                writer.append(probability)
-                if index == overlay_slice:
-                    drawn = probability
-                bar.update()
-        overlay_png(overlay, to_uint8(reader[overlay_slice], window), drawn, threshold)
-        size = len(reader), reader.height, reader.width
-    return Summary(str(source), str(target), str(overlay), *size, window, time.perf_counter() - started)
-
-
-def _targets(source: Path, chosen: Any) -> tuple[Path, Path]:
-    """The probability stack and the picture that are written for a stack."""
-    stem, _, suffix = source.name.partition(".ome.")
-    # An OME-TIFF is known by its name too.
-    stem, extension = (stem, ".ome.tif") if suffix.lower() in ("tif", "tiff") else (source.stem, ".tif")
-    folder = chosen.output_dir or source.parent
-    target = chosen.output or folder / f"{stem}-probability{extension}"
-    return target, target.with_name(f"{stem}-overlay.png")
+_DEFAULT_URL = "localhost:8001"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="serve/client.py", description=__doc__)
-    parser.add_argument("volumes", type=Path, nargs="+", help="TIFF stacks of 8- or 16-bit grey slices")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", type=Path, help="the probability stack (default: NAME-probability.tif)")
-    where.add_argument("--output_dir", type=Path, help="folder for what is written (default: the input's)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what a former run wrote")
-    parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC (default: %(default)s)")
-    parser.add_argument("--model_name", default="unet", help="the served model (default: %(default)s)")
-    parser.add_argument("--model_version", default="", help="its version (default: the newest)")
-    parser.add_argument("--timeout_s", type=float, default=60, help="longest wait for an answer (default: %(default)g)")
-    parser.add_argument("--shared_memory", choices=SHARED_MEMORY, default="auto", help="with a server on this machine")
     parser.add_argument(
-        "--batch_size", type=int, default=1, help="tiles of a slice in one request (default: %(default)s)"
+        "volumes",
+        nargs="+",
+        help="stacks of 8- or 16-bit grey slices, TIFF or OME-Zarr; patterns like 'day*/*.tif' too",
     )
-    parser.add_argument("--in_flight", type=int, default=2, help="requests under way at a time (default: %(default)s)")
-    parser.add_argument(
-        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 255"
+    what = parser.add_argument_group("what is written, beside the input as NAME-probability.tif and so on")
+    what.add_argument(
+        "--output", action="append", choices=KINDS,
+        help="repeat it for several (default: probability, and a picture of one slice)",
+    )  # fmt: skip
+    what.add_argument("--output_dir", type=Path, help="folder for what is written (default: the input's)")
+    what.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="of mask, labels and overlay: membrane is not above it (%(default)g)",
     )
-    parser.add_argument("--overlay_slice", type=int, default=0, help="slice that is drawn (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="of the drawing (default: %(default)g)")
+    what.add_argument("--label_dtype", choices=LABEL_DTYPES, default="uint16", help="of labels (default: %(default)s)")
+    what.add_argument("--overlay_slice", type=int, default=0, help="slice of the picture (default: %(default)s)")
+    what.add_argument("--overwrite", action="store_true", help="replace what a former run wrote")
+    what.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    what.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    how = parser.add_argument_group("how it is computed")
+    how.add_argument(
+        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="intensities that become 0 and 255 (default for 16-bit: the stack's 0.1 and 99.9 percentiles)",
+    )  # fmt: skip
+    how.add_argument("--tta", action="store_true", help="mean of eight turned and mirrored views; eight times as long")
+    how.add_argument("--batch_size", type=int, default=1, help="tiles of a slice in one request (default: %(default)s)")
+    how.add_argument("--in_flight", type=int, default=2, help="requests under way at a time (default: %(default)s)")
+    how.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster that segments an OME-Zarr volume")
+    where = parser.add_argument_group("where the model is served")
+    where.add_argument(
+        "--url", action="append", help=f"HOST:PORT of gRPC; repeat it for servers to fall back on ({_DEFAULT_URL})"
+    )
+    where.add_argument("--model_name", default="unet", help="the served model (default: %(default)s)")
+    where.add_argument("--model_version", default="", help="its version (default: the newest)")
+    where.add_argument(
+        "--timeout_s", "--timeout", type=float, default=60, help="longest wait for an answer (default: %(default)g)"
+    )
+    where.add_argument(
+        "--patience_s", type=float, default=30, help="how long a server that went away is waited for (%(default)g)"
+    )
+    where.add_argument("--shared_memory", choices=SHARED_MEMORY, default="auto", help="with a server on this machine")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     parser.add_argument("--json", action="store_true", help="summary as JSON, one line per stack")
     return parser
@@ -132,51 +87,123 @@ def _parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Segment the stacks named on the command line."""
-    parser = _parser()
-    chosen = parser.parse_args(argv)
-    if chosen.output is not None and len(chosen.volumes) > 1:
-        parser.error("--output names one file: use --output_dir with several stacks")
-    _refuse_overwriting(chosen)
+    chosen = _parser().parse_args(argv)
+    if not 0 <= chosen.threshold <= 1:
+        raise ClientError(f"--threshold is {chosen.threshold:g}; it must be from 0 to 1")
+    sources = _expanded(chosen.volumes)
+    request = _request(chosen)
+    _refuse_overwriting(sources, request, dry=chosen.dry_run)
     with Segmenter(
-        chosen.url,
+        chosen.url or _DEFAULT_URL,
         chosen.model_name,
         chosen.model_version,
         timeout_s=chosen.timeout_s,
+        patience_s=chosen.patience_s,
         shared_memory=chosen.shared_memory,
         batch_size=chosen.batch_size,
         in_flight=chosen.in_flight,
+        tta=chosen.tta,
     ) as segmenter:
-        for source in chosen.volumes:
-            target, overlay = _targets(source, chosen)
-            summary = segment_file(
-                segmenter,
-                source,
-                target,
-                overlay,
-                window=tuple(chosen.window) if chosen.window else None,
-                overlay_slice=chosen.overlay_slice,
-                threshold=chosen.threshold,
-                quiet=chosen.quiet,
-            )
-            _report(summary, chosen)
+        for source in sources:
+            if chosen.dry_run:
+                _announce(segmenter, source, request, chosen)
+            else:
+                _report(segment_volume(segmenter, source, request, _filler(chosen)), chosen)
     return 0
 
 
-def _refuse_overwriting(chosen: Any) -> None:
+def _request(chosen: Any) -> Request:
+    kinds = tuple(dict.fromkeys(chosen.output or ["probability"]))
+    drawn = chosen.output is None or "overlay" in kinds
+    return Request(
+        kinds,
+        chosen.output_dir,
+        chosen.threshold,
+        chosen.label_dtype,
+        tuple(chosen.window) if chosen.window else None,
+        chosen.overlay_slice if drawn else None,
+        chosen.resume,
+        chosen.overwrite,
+        chosen.tta,
+        chosen.quiet,
+    )
+
+
+def _filler(chosen: Any) -> Filler | None:
+    if chosen.dask is None:
+        return None
+    from serve.cluster import DaskFiller, Work
+
+    work = Work(
+        tuple(chosen.url or (_DEFAULT_URL,)),
+        chosen.model_name,
+        chosen.model_version,
+        chosen.timeout_s,
+        chosen.patience_s,
+        chosen.shared_memory,
+        chosen.batch_size,
+        chosen.in_flight,
+        chosen.tta,
+    )
+    return DaskFiller(chosen.dask, work)
+
+
+def _expanded(volumes: Sequence[str]) -> list[Path]:
+    """The named files, patterns replaced by what they match."""
+    found: list[Path] = []
+    for name in volumes:
+        if Path(name).exists() or not glob.has_magic(name):
+            found.append(Path(name))
+            continue
+        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - absolute patterns too
+        if not matches:
+            raise ClientError(f"nothing matches {name}: check the pattern")
+        found.extend(Path(match) for match in matches)
+    return list(dict.fromkeys(found))
+
+
+def _refuse_overwriting(sources: Sequence[Path], request: Request, *, dry: bool) -> None:
     """Check before any work that nothing is lost: no input, no former result unasked, no result of this very run."""
-    taken = {source.resolve(): source for source in chosen.volumes}
-    for source in chosen.volumes:
-        for path in _targets(source, chosen):
+    taken = {source.resolve(): source for source in sources}
+    for source in sources:
+        for path in (*request.targets(source).values(), request.partial_folder(source)):
             other = taken.setdefault(path.resolve(), source)
             if other is not source or path.resolve() == source.resolve():
                 raise ClientError(
                     f"what is found in {source} would be written to {path}, over what belongs to {other}: choose "
-                    "another --output or --output_dir"
+                    "another --output_dir"
                 )
-            if path.exists() and not chosen.overwrite:
+        for path in request.targets(source).values():
+            if path.exists() and not (request.overwrite or dry):
                 raise ClientError(
                     f"{path} exists already: add --overwrite to replace it, or choose another --output_dir"
                 )
+
+
+def _announce(segmenter: Segmenter, source: Path, request: Request, chosen: Any) -> None:
+    """Say what would be done with one volume."""
+    with open_volume(source) as volume:
+        plan = segmenter.plan(volume.height, volume.width)
+        facts = {
+            "input": str(source),
+            "slices": len(volume),
+            "height": volume.height,
+            "width": volume.width,
+            "dtype": volume.dtype.name,
+            "model_version": segmenter.interface.version,
+            "tile_size": plan.tile_size,
+            "tiles_per_slice": len(plan),
+            "bands_per_slice": len(bands_of(plan)),
+            "outputs": {kind: str(path) for kind, path in request.targets(source).items()},
+        }
+    if chosen.json:
+        say(json.dumps(facts))
+        return
+    say(
+        f"{source}: {facts['slices']} slices of {facts['height']} x {facts['width']} {facts['dtype']}, "
+        f"{facts['tiles_per_slice']} tiles of {facts['tile_size']} each, by model version {facts['model_version']}, "
+        f"would be written to {', '.join(str(path) for path in request.targets(source).values())}"
+    )
 
 
 def _report(summary: Summary, chosen: Any) -> None:
@@ -184,9 +211,10 @@ def _report(summary: Summary, chosen: Any) -> None:
         say(json.dumps({**asdict(summary), "slices_per_s": summary.slices_per_s}))
     elif not chosen.quiet:
         window = "" if summary.window is None else f", intensities {summary.window[0]:g} to {summary.window[1]:g}"
+        recalled = f", {summary.recalled} of {summary.bands} parts from before" if summary.recalled else ""
         say(
-            f"{summary.probability}: {summary.slices} slices of {summary.height} x {summary.width}{window}, "
-            f"{summary.seconds:.1f} s, {summary.slices_per_s:.2f} slices/s; picture: {summary.overlay}"
+            f"{', '.join(summary.outputs.values())}: {summary.slices} slices of {summary.height} x {summary.width}"
+            f"{window}{recalled}, {summary.seconds:.1f} s, {summary.slices_per_s:.2f} slices/s"
         )
 
 

@@ -12,23 +12,53 @@ INPUT, OUTPUT = "image", "probability"
 # Their numbers in Triton's protocol, inference.DataType.
 _UINT8, _FP16 = 2, 10
 _PORTS = [(INPUT, _UINT8, [1, -1, -1]), (OUTPUT, _FP16, [1, -1, -1])]
+# gRPC hands a channel's waiting time between attempts on to the next channel to the same address, unless told not to.
+_CHANNEL = [
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.use_local_subchannel_pool", 1),
+]
 
 
 class ClientError(UnetError):
     """A server, a model or an answer that cannot be used."""
 
 
+class ServerGoneError(ClientError):
+    """No server answers at the address."""
+
+
+class NotServedError(ClientError):
+    """The server has no such model, or has it no longer."""
+
+
+class ServerBusyError(ClientError):
+    """The server's queue is full."""
+
+
+class DeadlineError(ClientError):
+    """No answer came in time."""
+
+
+class MemoryForgottenError(ClientError):
+    """The server does not know this client's shared memory any longer."""
+
+
 @dataclass(frozen=True)
 class Interface:
-    """What a served model takes.
+    """What a served model takes, and which one it is.
 
     Attributes:
         tile_sizes: sides of a tile, in pixels, 188 + 16k each.
         max_batch_size: most tiles in one request.
+        version: of the model that answers.
+        card_sha256: of the card of its artefacts; empty if its publisher did not say.
     """
 
     tile_sizes: tuple[int, ...]
     max_batch_size: int
+    version: str
+    card_sha256: str
 
 
 class Connection:
@@ -51,18 +81,22 @@ class Connection:
         self.url, self.model_name, self.model_version, self.timeout_s = url, model_name, model_version, timeout_s
         self.grpc: Any = grpc
         try:
-            self.client: Any = grpc.InferenceServerClient(url)
+            self.client: Any = grpc.InferenceServerClient(url, channel_args=_CHANNEL)
         except Exception as error:  # a malformed address fails in several ways
             raise ClientError(f"{url} is not HOST:PORT of a gRPC server: {error}") from error
 
-    def interface(self) -> Interface:
+    def interface(self, timeout_s: float) -> Interface:
         """Ask what the model takes.
+
+        Args:
+            timeout_s: longest wait for the answer.
 
         Raises:
             ClientError: if no server answers, it does not serve the model, or the model is of another kind.
         """
         try:
-            answer = self.client.get_model_config(self.model_name, self.model_version, client_timeout=self.timeout_s)
+            answer = self.client.get_model_config(self.model_name, self.model_version, client_timeout=timeout_s)
+            about = self.client.get_model_metadata(self.model_name, self.model_version, client_timeout=timeout_s)
         except self.grpc.InferenceServerException as error:
             raise self.explain(error) from error
         config = answer.config
@@ -77,7 +111,9 @@ class Connection:
             raise ClientError(
                 f"{self.model_name} on {self.url} names no usable tile size ({listed!r}): publish it again"
             )
-        return Interface(sizes, max(1, int(config.max_batch_size)))
+        version = self.model_version or max(about.versions, key=int)
+        card = config.parameters["card_sha256"].string_value
+        return Interface(sizes, max(1, int(config.max_batch_size)), version, card)
 
     def infer(self, inputs: list[Any], outputs: list[Any]) -> Any:
         """Send one request and wait for its answer.
@@ -110,18 +146,24 @@ class Connection:
         status = str(getattr(error, "status", lambda: "")() or "")
         message = str(getattr(error, "message", lambda: "")() or error)
         if "DEADLINE_EXCEEDED" in status:
-            return ClientError(f"{self.url} gave no answer in {self.timeout_s:g} s: see its log, or raise --timeout_s")
+            return DeadlineError(
+                f"{self.url} gave no answer in {self.timeout_s:g} s: see its log, or raise --timeout_s"
+            )
         if "UNAVAILABLE" in status and "queue" in message:
-            return ClientError(f"{self.url} has too many requests waiting ({message}): try again when it is less busy")
+            return ServerBusyError(
+                f"{self.url} has too many requests waiting ({message}): try again when it is less busy"
+            )
         if "UNAVAILABLE" in status:
-            return ClientError(f"no server answers at {self.url}: start one with `make serve`, or name it with --url")
+            return ServerGoneError(
+                f"no server answers at {self.url}: start one with `make serve`, or name it with --url"
+            )
         if "unknown model" in message.lower():
             version = f" version {self.model_version}" if self.model_version else ""
-            return ClientError(
+            return NotServedError(
                 f"{self.url} does not serve {self.model_name}{version}: publish it, or name another --model_name"
             )
         if "shared memory region" in message:
-            return ClientError(
+            return MemoryForgottenError(
                 f"{self.url} has forgotten this client's shared memory, as when perf_analyzer or a restart came "
                 "between: run it again, or leave shared memory off"
             )

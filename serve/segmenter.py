@@ -3,40 +3,73 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from serve.connection import ClientError, Connection
-from serve.slots import Shape, Slot, make_slots, on_this_machine
-from unet.geometry import TilePlan, cheapest_tile_size, plan_tiles
-from unet.processes import signals_held_back
+from serve.bands import Job, band_of, turned, turned_back
+from serve.connection import ClientError
+from serve.dispatch import Batch, Dispatcher, Settings, addresses
+from unet.geometry import HALO, TilePlan, cheapest_tile_size, mirrored_indices, plan_tiles
+from unet.intensity import Window, to_uint8
 
 if TYPE_CHECKING:
+    from serve.connection import Interface
+    from serve.slots import Shape, Slot
     from unet.geometry import Tile
 
-_FINISH_TIMEOUT_S = 2.0
-_CANCEL_TIMEOUT_S = 2.0
 Send = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float16]]
 SHARED_MEMORY = ("auto", "on", "off")
+VIEWS = 8
+# A float16 of at most 1 is a whole multiple of this, so that sums of them are exact and their order does not matter.
+_STEPS = 2**24
 
 
 @dataclass
-class _SliceInWork:
-    """A slice whose tiles are under way; ``done`` when none is missing or one has failed."""
+class _Work:
+    """A band whose tiles are under way."""
 
-    image: npt.NDArray[np.uint8]
-    plan: TilePlan
-    probability: npt.NDArray[np.float32]
-    missing: int
-    failure: Exception | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    job: Job
+    window: Window | None
+    result: npt.NDArray[Any]
+    views: int
+    batches: list[Batch] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def done(self) -> bool:
+        return all(batch.answered for batch in self.batches)
+
+    def fill(self, tiles: Sequence[tuple[Tile, int]], images: npt.NDArray[np.uint8]) -> None:
+        """Put tiles, each as seen in a view, into uint8 [N, 1, S, S]."""
+        for place, (tile, view) in zip(images, tiles):
+            rows = mirrored_indices(tile.row0 - HALO, tile.size, self.job.height) - self.job.first_row
+            cols = mirrored_indices(tile.col0 - HALO, tile.size, self.job.image.shape[1])
+            place[0] = turned(to_uint8(self.job.image[np.ix_(rows, cols)], self.window), view)
+
+    def accept(self, tiles: Sequence[tuple[Tile, int]], outputs: npt.NDArray[np.float16]) -> None:
+        """Place answers, float16 [N, 1, S - 184, S - 184]."""
+        for output, (tile, view) in zip(outputs, tiles):
+            rows, cols = tile.write
+            into = self.result[rows.start - self.job.band.row0 : rows.stop - self.job.band.row0, cols]
+            answer = turned_back(output[0], view)[tile.source]
+            if self.views == 1:
+                into[...] = answer
+            else:
+                with self.lock:
+                    into += (answer.astype(np.float32) * np.float32(_STEPS)).astype(np.int32)
+
+    def probability(self) -> npt.NDArray[Any]:
+        """The finished rows: float16, or float32 where several views were taken the mean of."""
+        if self.views == 1:
+            return self.result
+        return (self.result / (self.views * _STEPS)).astype(np.float32)
 
 
 class Segmenter:
@@ -47,7 +80,8 @@ class Segmenter:
         with Segmenter() as segmenter:
             probability = segmenter.segment_slice(image)
 
-    After an error it can be used again.
+    A request that got no answer is sent again where that can help: to a server whose queue was full, to one that came
+    back, to the next address. After an error it can be used again.
 
     Attributes:
         tile_sizes: the tile sizes that the served model takes.
@@ -56,67 +90,86 @@ class Segmenter:
 
     def __init__(
         self,
-        url: str = "localhost:8001",
+        url: str | Sequence[str] = "localhost:8001",
         model_name: str = "unet",
         model_version: str = "",
         *,
         timeout_s: float = 60.0,
+        patience_s: float = 30.0,
         shared_memory: str = "auto",
         batch_size: int = 1,
         in_flight: int = 2,
+        tta: bool = False,
     ) -> None:
         """Connect and ask for the model's interface.
 
         Args:
-            url: host and port of the server's gRPC.
+            url: host and port of the server's gRPC; of several the first that answers is used, the next when it fails.
             model_name: the model.
             model_version: its version; empty for the newest.
             timeout_s: longest wait for one answer.
+            patience_s: how long a server that went away is waited for.
             shared_memory: "auto" hands pixels over in shared memory where the server is on this machine and takes it;
                 "on" insists, "off" sends them.
             batch_size: tiles of one slice in one request, at most.
             in_flight: requests under way at a time.
+            tta: test-time augmentation: the mean of the answers to eight views of each tile, turned and mirrored;
+                it takes eight times as long.
 
         Raises:
             ClientError: if no server answers, it does not serve the model, or the model has another interface.
         """
         if shared_memory not in SHARED_MEMORY:
             raise ClientError(f"shared_memory {shared_memory!r} is not one of {', '.join(SHARED_MEMORY)}")
-        if batch_size < 1 or in_flight < 1 or timeout_s <= 0:
-            raise ClientError("batch_size and in_flight must be at least 1, timeout_s positive")
-        self._in_flight, self._batch_size, self._sharing = in_flight, batch_size, shared_memory
-        self._slots: list[Slot] = []
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-        self._changed = threading.Condition()
-        self._under_way: dict[object, Any] = {}
-        self._connection = Connection(url, model_name, model_version, timeout_s)
-        try:
-            interface = self._connection.interface()
-            self.tile_sizes, self.max_batch_size = interface.tile_sizes, interface.max_batch_size
-            if batch_size > self.max_batch_size:
-                raise ClientError(
-                    f"a batch of {batch_size} is more than the {self.max_batch_size} that {model_name} takes"
-                )
-        except BaseException:
+        if batch_size < 1 or in_flight < 1 or timeout_s <= 0 or patience_s < 0:
+            raise ClientError(
+                "batch_size and in_flight must be at least 1, timeout_s positive, patience_s not negative"
+            )
+        self._batch_size, self._in_flight, self._views = batch_size, in_flight, VIEWS if tta else 1
+        settings = Settings(addresses(url), model_name, model_version, timeout_s, patience_s, shared_memory, in_flight)
+        if not settings.urls:
+            raise ClientError("there is no server to connect to: name one with --url")
+        self._dispatcher = Dispatcher(settings)
+        self.tile_sizes, self.max_batch_size = self.interface.tile_sizes, self.interface.max_batch_size
+        if batch_size > self.max_batch_size:
             self.close()
-            raise
+            raise ClientError(f"a batch of {batch_size} is more than the {self.max_batch_size} that {model_name} takes")
+
+    @property
+    def interface(self) -> Interface:
+        """What the served model takes, and which version it is."""
+        return self._dispatcher.interface
+
+    @property
+    def probability_dtype(self) -> np.dtype[Any]:
+        """Of the rows that ``segment_bands`` gives: float16, with ``tta`` float32."""
+        return np.dtype(np.float16 if self._views == 1 else np.float32)
+
+    @property
+    def resent(self) -> int:
+        """How many requests were sent once more."""
+        return self._dispatcher.resent
 
     @property
     def uses_shared_memory(self) -> bool:
         """Whether pixels travel in shared memory; known once a slice was segmented."""
-        return bool(self._slots) and self._slots[0].shared
+        return bool(self._dispatcher.slots) and self._dispatcher.slots[0].shared
+
+    def plan(self, height: int, width: int) -> TilePlan:
+        """The cheapest cover of a slice that the served model allows."""
+        return plan_tiles(height, width, cheapest_tile_size(height, width, self.tile_sizes))
 
     @contextlib.contextmanager
     def slot(self, shape: Shape) -> Iterator[tuple[Send, bool]]:
         """A function that sends one batch of tiles of ``shape`` [N, 1, S, S] and waits; and whether memory is shared.
 
         The function takes uint8 [N, 1, S, S] and gives float16 [N, 1, S - 184, S - 184], the probability of "not
-        membrane", valid until the next call.
+        membrane", valid until the next call. It sends nothing twice.
 
         Raises:
             ClientError: if the server does not answer or refuses.
         """
-        slot = self._make_slots(1, shape)[0]
+        slot = self._dispatcher.make_slots(1, shape)[0]
         try:
             yield lambda tiles: self._send(slot, tiles), slot.shared
         finally:
@@ -126,173 +179,103 @@ class Segmenter:
         if slot.spent:
             raise ClientError("a former request failed in this slot: open another")
         slot.images[...] = tiles
+        connection = slot.connection
         try:
-            answer = self._connection.infer(*slot.tensors(self._connection.grpc, len(tiles)))
+            answer = connection.infer(*slot.tensors(connection.grpc, len(tiles)))
         except BaseException:
             slot.spent = True
             raise
         return slot.outputs(answer, len(tiles))
 
-    def segment_slice(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def segment_slice(self, image: npt.NDArray[Any], window: Window | None = None) -> npt.NDArray[np.float32]:
         """The probability of "not membrane" of one slice: uint8 [H, W] to float32 [H, W].
+
+        Args:
+            image: uint8, or with a window uint16.
+            window: the intensities that become 0 and 255.
 
         Raises:
             ClientError: if the server does not answer or refuses.
         """
-        return next(self.segment([image]))
+        return next(self.segment([image], window))
 
-    def segment(self, slices: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.float32]]:
+    def segment(
+        self, slices: Iterable[npt.NDArray[Any]], window: Window | None = None
+    ) -> Iterator[npt.NDArray[np.float32]]:
         """The probabilities of several slices, in order; the next slices are under way while one is given out.
 
         Args:
-            slices: uint8 [H, W] each; they are taken one by one, a few ahead.
+            slices: uint8 [H, W] each, or with a window uint16; they are taken one by one, a few ahead.
+            window: the intensities that become 0 and 255.
 
         Raises:
             ClientError: if the server does not answer or refuses.
         """
-        works: deque[_SliceInWork] = deque()
-        for image in slices:
-            works.append(self._submit_slice(image))
-            # One request that takes long must not let finished slices pile up behind it.
-            while works and (works[0].done.is_set() or len(works) > self._in_flight):
-                yield self._finished(works.popleft())
-        while works:
-            yield self._finished(works.popleft())
+        for _, probability in self.segment_bands((self._whole(image, window) for image in slices), window):
+            yield probability.astype(np.float32, copy=False)
 
-    def _submit_slice(self, image: npt.NDArray[np.uint8]) -> _SliceInWork:
-        if image.dtype != np.uint8 or image.ndim != 2:
-            raise ClientError(f"a slice must be uint8 [H, W], this is {image.dtype} {list(image.shape)}")
-        height, width = image.shape
-        tile_size = cheapest_tile_size(height, width, self.tile_sizes)
-        self._prepare((self._batch_size, 1, tile_size, tile_size))
-        plan = plan_tiles(height, width, tile_size)
-        work = _SliceInWork(image, plan, np.empty(image.shape, np.float32), len(plan))
-        for first in range(0, len(plan), self._batch_size):
-            if work.failure is not None:
-                break
-            self._submit_tiles(work, plan.tiles[first : first + self._batch_size])
-        return work
+    def _whole(self, image: npt.NDArray[Any], window: Window | None) -> Job:
+        fits = image.dtype == np.uint8 or (image.dtype == np.uint16 and window is not None)
+        if image.ndim != 2 or not fits:
+            raise ClientError(
+                f"a slice must be uint8 [H, W], or uint16 with a window: this is {image.dtype} {list(image.shape)}"
+            )
+        plan = self.plan(*image.shape)
+        return Job(0, band_of(plan, plan.tiles), plan.tile_size, image, 0, image.shape[0])
 
-    def _submit_tiles(self, work: _SliceInWork, tiles: tuple[Tile, ...]) -> None:
-        slot = self._take_slot()
-        request, free = object(), self._free
-        try:
-            for index, tile in enumerate(tiles):
-                slot.images[index, 0] = work.plan.extract(work.image, tile)
-            inputs, outputs = slot.tensors(self._connection.grpc, len(tiles))
-        except BaseException:
-            self._free.put(slot)
-            raise
+    def segment_bands(
+        self, jobs: Iterable[Job], window: Window | None = None
+    ) -> Iterator[tuple[Job, npt.NDArray[Any]]]:
+        """The probabilities of bands of slices, in order.
 
-        def receive(result: Any, error: Exception | None) -> None:
-            # Called from the connection's own thread, by these names.
-            try:
-                if error is not None:
-                    raise error
-                for output, tile in zip(slot.outputs(result, len(tiles)), tiles):
-                    work.plan.place(output[0], tile, work.probability)
-            except Exception as fault:
-                slot.spent = True
-                work.failure = fault
-            with self._changed:
-                work.missing -= len(tiles)
-                done = work.missing == 0 or work.failure is not None
-                self._under_way.pop(request, None)
-                self._changed.notify_all()
-            # Not above: Ctrl-C can leave an event's inner lock taken, and `close` must still get at what is under way.
-            free.put(slot)
-            if done:
-                work.done.set()
+        Args:
+            jobs: they are taken one by one, a few ahead.
+            window: the intensities that become 0 and 255; uint16 needs one.
 
-        # Ctrl-C in the midst of this would leave gRPC with a call that is neither sent nor given up.
-        with signals_held_back():
-            self._under_way[request] = None
-            try:
-                call = self._connection.infer_async(inputs, outputs, receive)
-            except ClientError:
-                self._under_way.pop(request)
-                self._free.put(slot)
-                raise
-            with self._changed:
-                if request in self._under_way:
-                    self._under_way[request] = call
+        Returns:
+            Each job with its rows, of ``probability_dtype``.
 
-    def _make_slots(self, count: int, shape: Shape) -> list[Slot]:
-        insist = self._sharing == "on"
-        shared = insist or (self._sharing == "auto" and on_this_machine(self._connection.url))
-        return make_slots(self._connection, count, shape, shared=shared, insist=insist)
-
-    def _prepare(self, shape: Shape) -> None:
-        """Make the slots that requests of this shape travel in."""
-        if self._slots and self._slots[0].shape == shape:
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: not self._under_way, self._patience_s)
-        self._drop_slots()
-        self._slots = self._make_slots(self._in_flight, shape)
-        for slot in self._slots:
-            self._free.put(slot)
-
-    @property
-    def _patience_s(self) -> float:
-        """Every request ends by its deadline; this is well beyond it."""
-        return 2 * self._connection.timeout_s + 1
-
-    def _take_slot(self) -> Slot:
-        try:
-            slot = self._free.get(timeout=self._patience_s)
-        except queue.Empty:
-            raise self._silence() from None
-        if not slot.spent:
-            return slot
-        # Its place is taken by a new one.
-        slot.close()
-        try:
-            fresh = self._make_slots(1, slot.shape)[0]
-        except BaseException:
-            self._free.put(slot)
-            raise
-        self._slots[self._slots.index(slot)] = fresh
-        return fresh
-
-    def _finished(self, work: _SliceInWork) -> npt.NDArray[np.float32]:
-        # All its requests are on their way by now, whose deadlines have been running.
-        if not work.done.wait(self._patience_s):
-            raise self._silence()
-        failure = work.failure
-        if isinstance(failure, self._connection.grpc.InferenceServerException):
-            raise self._connection.explain(failure) from failure
-        if failure is not None:
-            raise failure
-        return work.probability
-
-    def _silence(self) -> ClientError:
-        return ClientError(f"{self._connection.url} has not answered for {self._patience_s:g} s: see its log")
-
-    def _drop_slots(self) -> None:
-        """Await what is under way, though not for long, and give up the rest and the slots.
-
-        Something is under way only when an error or Ctrl-C got here first. A server does not forget memory that it is
-        still writing to, so that a little patience leaves it cleaner than cancelling at once.
+        Raises:
+            ClientError: if the server does not answer or refuses.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._under_way, _FINISH_TIMEOUT_S)
-            calls = list(self._under_way.values())
-        for call in filter(None, calls):
-            call.cancel()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._under_way, _CANCEL_TIMEOUT_S)
-            self._under_way.clear()
-        for slot in self._slots:
-            slot.close()
-        self._slots = []
-        self._free = queue.SimpleQueue()
+        works: deque[_Work] = deque()
+        try:
+            for job in jobs:
+                works.append(self._begin(job, window))
+                self._submit(works[-1])
+                # One request that takes long must not let finished slices pile up behind it.
+                while works and (works[0].done or len(works) > self._in_flight):
+                    yield self._finished(works)
+            while works:
+                yield self._finished(works)
+        finally:
+            for work in works:
+                for batch in work.batches:
+                    batch.wanted = False
+
+    def _begin(self, job: Job, window: Window | None) -> _Work:
+        dtype = np.float16 if self._views == 1 else np.int32
+        shape = (job.band.row1 - job.band.row0, job.image.shape[1])
+        return _Work(job, window, np.zeros(shape, dtype), self._views)
+
+    def _submit(self, work: _Work) -> None:
+        size = work.job.tile_size
+        tiles = [(tile, view) for tile in work.job.band.tiles for view in range(self._views)]
+        for first in range(0, len(tiles), self._batch_size):
+            part = tiles[first : first + self._batch_size]
+            batch = Batch(len(part), partial(work.fill, part), partial(work.accept, part))
+            work.batches.append(batch)
+            self._dispatcher.submit(batch, (self._batch_size, 1, size, size))
+
+    def _finished(self, works: deque[_Work]) -> tuple[Job, npt.NDArray[Any]]:
+        self._dispatcher.wait_for(lambda: works[0].done)
+        work = works.popleft()
+        work.batches.clear()  # they refer to it: its pixels go with the last reference, not at some collection
+        return work.job, work.probability()
 
     def close(self) -> None:
         """Give up what is under way, have the server forget the shared memory, and hang up."""
-        with signals_held_back():
-            self._drop_slots()
-            self._connection.close()
+        self._dispatcher.close()
 
     def __enter__(self) -> Segmenter:
         return self

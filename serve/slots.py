@@ -49,6 +49,7 @@ class Slot:
     """Room for one request, in this process's memory.
 
     Attributes:
+        connection: that requests in it are sent over.
         shape: of the largest batch of tiles, [N, 1, S, S].
         images: uint8 of that shape, to be filled before the request is sent.
         shared: whether the room is in shared memory.
@@ -58,8 +59,8 @@ class Slot:
 
     shared = False
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, connection: Connection, shape: Shape) -> None:
+        self.connection, self.shape = connection, shape
         self.spent = False
         self.images: npt.NDArray[np.uint8] = np.empty(shape, np.uint8)
 
@@ -90,8 +91,7 @@ class SharedSlot(Slot):
             OSError: if there is too little shared memory.
             tritonclient.utils.InferenceServerException: if the server does not take it.
         """
-        self.shape, self.spent = shape, False
-        self._connection = connection
+        self.connection, self.shape, self.spent = connection, shape, False
         side = output_size(shape[-1])
         self._answer_shape = (shape[0], 1, side, side)
         # Random, because processes of two containers may have one number.
@@ -117,8 +117,8 @@ class SharedSlot(Slot):
                 memory = mmap.mmap(descriptor, size)
             finally:
                 os.close(descriptor)
-            self._connection.client.register_system_shared_memory(
-                name, f"/{name}", size, client_timeout=self._connection.timeout_s
+            self.connection.client.register_system_shared_memory(
+                name, f"/{name}", size, client_timeout=self.connection.timeout_s
             )
         finally:
             path.unlink(missing_ok=True)
@@ -142,7 +142,7 @@ class SharedSlot(Slot):
         for name in self._names.values():
             # It may be gone, or still at work on a request that was given up: then it keeps them until it ends.
             with contextlib.suppress(Exception):
-                self._connection.client.unregister_system_shared_memory(name, client_timeout=_FORGET_TIMEOUT_S)
+                self.connection.client.unregister_system_shared_memory(name, client_timeout=_FORGET_TIMEOUT_S)
 
 
 def make_slots(connection: Connection, count: int, shape: Shape, *, shared: bool, insist: bool) -> list[Slot]:
@@ -159,7 +159,7 @@ def make_slots(connection: Connection, count: int, shape: Shape, *, shared: bool
         ClientError: if shared memory is insisted on and cannot be had.
     """
     if not shared:
-        return [Slot(shape) for _ in range(count)]
+        return [Slot(connection, shape) for _ in range(count)]
     remove_dead_segments()
     slots: list[Slot] = []
     try:
@@ -175,5 +175,5 @@ def make_slots(connection: Connection, count: int, shape: Shape, *, shared: bool
                 f"{connection.url} cannot share memory with this process ({error}): leave shared memory off"
             ) from error
         LOGGER.info("no shared memory with %s, the pixels are sent: %s", connection.url, error)
-        return [Slot(shape) for _ in range(count)]
+        return [Slot(connection, shape) for _ in range(count)]
     return slots

@@ -55,15 +55,30 @@ def overlay_png(
 
     if image.ndim != 2 or image.shape != probability.shape:
         raise OverlayError(f"{path} cannot show a probability of {probability.shape} over a slice of {image.shape}")
-    factor = -(-max(image.shape) // MAX_SIDE_PX)
-    if factor > 1:
-        image = np.asarray(np.rint(_blocks(image, factor).mean(axis=(1, 3), dtype=np.float32)), np.uint8)
-        probability = _blocks(probability, factor).min(axis=(1, 3))
+    image, probability = shrink(image, probability, shrink_factor(*image.shape))
     raw = np.repeat(image[..., np.newaxis], 3, axis=-1)
     gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
     both = np.concatenate([raw, gap, membrane_overlay(image, probability, threshold)], axis=1)
     with atomic_file(path) as aside:
-        Image.fromarray(both).save(aside, format="PNG")
+        Image.fromarray(both).save(aside, format="PNG", compress_level=1)
+
+
+def shrink_factor(height: int, width: int) -> int:
+    """By how much the sides of a slice of this size are divided in its picture."""
+    return -(-max(height, width) // MAX_SIDE_PX)
+
+
+def shrink(
+    image: npt.NDArray[np.uint8], probability: npt.NDArray[Any], factor: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
+    """A slice [H, W] and its probability, both divided by a whole factor; strips of its rows may be done one by one.
+
+    Strips must begin at multiples of the factor.
+    """
+    if factor == 1:
+        return image, probability
+    smaller = np.asarray(np.rint(_blocks(image, factor).mean(axis=(1, 3), dtype=np.float32)), np.uint8)
+    return smaller, _blocks(probability, factor).min(axis=(1, 3))
 
 
 def _blocks(plane: npt.NDArray[Any], factor: int) -> npt.NDArray[Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from unet.stack_canvas import StackCanvas
 from unet.stack_format import DAMAGE, Limits, StackError, check_page, damaged, declared_pages, open_tiff
 from unet.stack_metadata import StackMetadata, read_metadata
 from unet.stack_writer import StackWriter
@@ -24,6 +25,7 @@ __all__ = [
     "IMAGE_LIMITS",
     "PROBABILITY_LIMITS",
     "Limits",
+    "StackCanvas",
     "StackError",
     "StackMetadata",
     "StackReader",
@@ -62,6 +64,7 @@ class StackReader:
         """
         self.path = Path(path)
         self._file = open_tiff(self.path)
+        self._decoded: tuple[int, AnyArray] | None = None
         try:
             self._check(limits)
         except StackError:
@@ -127,6 +130,37 @@ class StackReader:
         if page.dtype.kind == "f" and not np.isfinite(page).all():
             raise StackError(f"page {index} of {self.path} has values that are no finite numbers: write it again")
         return np.iinfo(page.dtype).max - page if self._inverted else page
+
+    def rows(self, index: int, row0: int, row1: int) -> AnyArray:
+        """Rows ``row0`` to ``row1`` of slice ``index``.
+
+        Of a page whose pixels lie uncompressed in one piece only these are read; another is decoded whole and kept
+        until the next one is asked for.
+
+        Raises:
+            IndexError: if there is no such slice.
+            StackError: if its pixels cannot be decoded.
+        """
+        offset = self._plain_offset(index) if 0 <= index < self.pages else None
+        if offset is None:
+            if self._decoded is None or self._decoded[0] != index:
+                self._decoded = None  # before the next one takes its memory
+                self._decoded = index, self[index]
+            return self._decoded[1][row0:row1]
+        stored = self.dtype.newbyteorder(self._file.byteorder)
+        offset += row0 * self.width * self.dtype.itemsize
+        read = np.fromfile(self.path, stored, (row1 - row0) * self.width, offset=offset)
+        if read.size != (row1 - row0) * self.width:
+            raise damaged(self.path)
+        rows = read.reshape(-1, self.width).astype(self.dtype, copy=False)
+        return np.iinfo(self.dtype).max - rows if self._inverted else rows
+
+    def _plain_offset(self, index: int) -> int | None:
+        """Where the pixels of a page begin that are uncompressed and in one piece; None of another."""
+        if self._offset is not None:
+            return self._offset + index * self._page_bytes
+        page = self._file.pages[index]
+        return int(page.dataoffsets[0]) if page.is_memmappable and self.dtype.kind == "u" else None
 
     def _decode(self, index: int) -> AnyArray:
         if self._offset is None:

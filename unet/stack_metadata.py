@@ -76,7 +76,11 @@ def read_metadata(tiff: tifffile.TiffFile, pages: int) -> StackMetadata:
 
 
 def describe(
-    kept: StackMetadata, pages: int, shape: tuple[int, int], dtype: np.dtype[Any] | npt.DTypeLike
+    kept: StackMetadata,
+    pages: int,
+    shape: tuple[int, int],
+    dtype: np.dtype[Any] | npt.DTypeLike,
+    samples: int = 1,
 ) -> str | None:
     """The description of a whole file of ``pages`` slices that keeps ``kept``; None if it has none.
 
@@ -85,23 +89,28 @@ def describe(
         pages: slices in the new file, as many or not.
         shape: rows and columns of each.
         dtype: of its pixels.
+        samples: 1 for grey, 3 for colour.
     """
     if kept.flavour == "tiff":
         return kept.description
     if kept.pages == pages:
         axes, lengths = kept.axes, kept.lengths
+    elif pages == 1 and not kept.lengths:
+        axes, lengths = "", ()  # one slice that is no stack
     else:
         axes, lengths = ("Z" if len(kept.axes) != 1 else kept.axes), (pages,)
-    whole = (*lengths, *shape)
+    colour = samples > 1
+    whole = (*lengths, *shape, samples) if colour else (*lengths, *shape)
+    plane = "YXS" if colour else "YX"
     if kept.flavour == "imagej":
-        described: str = tifffile.tifffile.imagej_description(whole, axes=f"{axes}YX", **kept.extra)
+        described: str = tifffile.tifffile.imagej_description(whole, axes=f"{axes}{plane}", rgb=colour, **kept.extra)
         # ImageJ reads ASCII and writes a micrometre so.
         return "".join(letter if letter.isascii() else f"\\u{ord(letter):04X}" for letter in described)
     if kept.flavour == "shaped":
-        named = {"axes": f"{axes}YX"} if axes and set(axes) - set("QI") else {}
+        named = {"axes": f"{axes}{plane}"} if axes and set(axes) - set("QI") else {}
         return json.dumps({"shape": whole, **named, **kept.extra})
     document = tifffile.OmeXml()
-    document.addimage(dtype, whole, (pages, 1, 1, *shape, 1), axes=f"{axes}YX", **kept.extra)
+    document.addimage(dtype, whole, (pages, 1, 1, *shape, samples), axes=f"{axes}{plane}", **kept.extra)
     text: str = document.tostring(declaration=True)
     return text
 

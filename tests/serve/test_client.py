@@ -214,7 +214,7 @@ def test_after_a_deadline_the_next_answer_is_right(odd_url: str, shared_memory: 
     with Segmenter(odd_url, "slow", timeout_s=0.5, shared_memory=shared_memory) as segmenter:
         with pytest.raises(ClientError, match=r"gave no answer in 0\.5 s: see its log, or raise --timeout_s"):
             segmenter.segment_slice(slow)
-        segmenter._connection.timeout_s = 60
+        segmenter._dispatcher.connection.timeout_s = 60
         until = time.monotonic() + 2
         # The late answer comes in between, and must not end up in another slice.
         while time.monotonic() < until:
@@ -232,7 +232,7 @@ def test_a_slot_is_not_used_again_after_a_deadline(odd_url: str) -> None:
             send(tiles)
 
 
-def test_forgotten_shared_memory_is_an_error_once(url: str) -> None:
+def test_forgotten_shared_memory_is_made_known_again(url: str) -> None:
     """As after perf_analyzer, which has the server forget everyone's."""
     import tritonclient.grpc as grpc
 
@@ -241,9 +241,9 @@ def test_forgotten_shared_memory_is_an_error_once(url: str) -> None:
         segmenter.segment_slice(image)
         with grpc.InferenceServerClient(url) as other:
             other.unregister_system_shared_memory()
-        with pytest.raises(ClientError, match="has forgotten this client's shared memory"):
-            segmenter.segment_slice(image)
         np.testing.assert_array_equal(segmenter.segment_slice(image), expected(image))
+        assert segmenter.resent == 1
+        assert segmenter.uses_shared_memory
 
 
 def test_too_little_shared_memory_is_done_without(url: str) -> None:
@@ -298,6 +298,8 @@ def test_uint16_goes_through_a_window(url: str, tmp_path: Path) -> None:
         (["--overlay_slice", "2"], "there is no slice 2 to draw"),
         (["--window", "5", "5"], "is empty"),
         (["--url", "nonsense"], "nonsense"),
+        (["--url", "localhost:1", "--url", "localhost:2"], "none of localhost:1, localhost:2 serves unet"),
+        (["--threshold", "2"], "--threshold is 2; it must be from 0 to 1"),
     ],
 )
 def test_faults_are_one_sentence_and_leave_nothing(
@@ -305,13 +307,24 @@ def test_faults_are_one_sentence_and_leave_nothing(
 ) -> None:
     source = tmp_path / "volume.tif"
     tifffile.imwrite(source, np.zeros((2, 20, 20), np.uint8), photometric="minisblack")
-    assert main([str(source), "--url", url, "--timeout_s", "5", *arguments]) == 2
+    where = [] if "--url" in arguments else ["--url", url]
+    assert main([str(source), *where, "--timeout_s", "5", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert sentence in said
     assert said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["volume.tif"]
     assert our_segments() == set()
+
+
+def test_patterns_name_several_stacks(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((2, 20, 20), np.uint8), photometric="minisblack")
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "*.tif"), "--url", url, "--output", "mask", "--output_dir", str(out), "--quiet"]) == 0
+    assert {path.name for path in out.iterdir()} == {"a-mask.tif", "b-mask.tif"}
+    assert main([str(tmp_path / "no-such-*.tif"), "--url", url]) == 2
+    assert "nothing matches" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_unasked(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,7 +353,7 @@ def test_an_ome_stack_keeps_its_name_and_pixel_size(url: str, tmp_path: Path) ->
         np.testing.assert_array_equal(tiff.asarray(), expected(images))
 
 
-@pytest.mark.parametrize("arguments", [["{0}", "--output", "{0}"], ["{0}", "{1}", "--output_dir", "{2}"]])
+@pytest.mark.parametrize("arguments", [["{0}", "{1}", "--output_dir", "{2}"]])
 def test_results_never_go_over_an_input_or_each_other(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
@@ -355,13 +368,28 @@ def test_results_never_go_over_an_input_or_each_other(
     assert tifffile.imread(sources[0]).dtype == np.uint8
 
 
-def test_a_server_that_stops_answering_leaves_no_half_results(odd_url: str, tmp_path: Path) -> None:
-    images = np.zeros((6, 40, 40), np.uint8)
-    images[4] = 255
-    tifffile.imwrite(tmp_path / "volume.tif", images, photometric="minisblack")
-    flags = ["--url", odd_url, "--model_name", "slow", "--timeout_s", "0.5"]
-    assert main([str(tmp_path / "volume.tif"), *flags]) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["volume.tif"]
+def test_a_server_that_stops_answering_costs_nothing_that_was_found(
+    odd_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = RNG.integers(0, 255, (6, 40, 40), np.uint8)
+    images[4, 0, 0] = 255
+    source = tmp_path / "volume.tif"
+    tifffile.imwrite(source, images, photometric="minisblack")
+    flags = ["--url", odd_url, "--model_name", "slow", "--quiet"]
+    assert main([str(source), *flags, "--timeout_s", "0.5"]) == 2
+    assert "add --resume to go on" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"volume.tif", "volume.partial"}
+    # What is kept is not thrown away unasked, nor taken for another stack's.
+    assert main([str(source), *flags]) == 2
+    assert "add --resume to go on with it, or --overwrite to begin anew" in capsys.readouterr().err
+    assert main([str(source), *flags, "--resume", "--window", "0", "9"]) == 2
+    assert "belongs to another intensity window (null, now [0.0, 9.0])" in capsys.readouterr().err
+    assert main([str(source), *flags[:-1], "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recalled"] >= 1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("volume.tif", "volume-probability.tif", "volume-overlay.png")
+    }
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "volume-probability.tif"), expected(images))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

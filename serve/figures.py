@@ -1,0 +1,309 @@
+"""The client's figures, each a ratio of one interleaved run: ``python serve/figures.py WHAT``.
+
+``engine``: images per second through Triton over those of the same engine alone in this process.
+``stack``: a stack from file to file over the engine on arrays that are in memory already.
+``tensorflow``: the same stack over a TensorFlow loop that predicts tiles of 572, as the reference does.
+``memory``: the client's resident memory over the number of slices, and for slices of 16k x 16k, with its curve.
+``soak``: many clients at once; every answer is checked against its own input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import tifffile
+
+from serve.pipeline import Request, segment_volume
+from serve.segmenter import Segmenter
+from unet.card import Card
+from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.errors import command, say
+from unet.files import atomic_file, write_json
+from unet.geometry import plan_tiles, predict_tiled
+from unet.stack import read_images, read_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_CLIENT = Path(__file__).resolve().parent / "client.py"
+_TILE = 572
+_LARGE = 16384
+_SAMPLE_S = 0.05
+
+
+def engine_of(artefacts: Path) -> CpuEngine:
+    """The engine that Triton runs, with all cores, in this process."""
+    card = Card.load(artefacts)
+    engine = card.engine
+    return CpuEngine(card.verify_engine(), EngineChoice(engine.kind, engine.precision).fitting())
+
+
+def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each of several things, done in turn so that a machine's moods meet them alike."""
+    for run in runs.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        # Whoever comes second would always find the same caches.
+        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
+            started = time.perf_counter()
+            runs[name]()
+            taken[name].append(time.perf_counter() - started)
+    return taken
+
+
+def speed_ratio(taken: dict[str, list[float]], of: str, over: str) -> float:
+    """How much faster ``of`` is than ``over``: the median of the rounds' ratios."""
+    return statistics.median(b / a for a, b in zip(taken[of], taken[over]))
+
+
+def against_engine(chosen: Any) -> dict[str, Any]:
+    """Images per second through Triton, with as many requests in flight as the client keeps, over the engine's."""
+    engine = engine_of(chosen.artefacts)
+    found: dict[str, Any] = {}
+    for batch_size in (1, 8, 16):
+        tiles = np.random.default_rng(0).integers(0, 256, (batch_size, 1, _TILE, _TILE), np.uint8)
+        count = max(2, 16 // batch_size)
+        # One slice whose plan has that many tiles of 572, so that a request has a whole batch.
+        plan = plan_tiles(384, 384 * batch_size * count, _TILE)
+        image = np.random.default_rng(0).integers(0, 256, (plan.height, plan.width), np.uint8)
+        with Segmenter(chosen.url, timeout_s=300, batch_size=batch_size) as segmenter:
+            segmenter.tile_sizes = (_TILE,)
+
+            def through_triton(segmenter: Segmenter = segmenter, image: npt.NDArray[Any] = image) -> None:
+                segmenter.segment_slice(image)
+
+            def alone(tiles: npt.NDArray[Any] = tiles, count: int = count) -> None:
+                for _ in range(count):
+                    engine.infer(tiles)
+
+            taken = interleaved({"triton": through_triton, "engine": alone}, chosen.rounds)
+        images = len(plan)
+        found[str(batch_size)] = {
+            "tiles": images,
+            "triton_img_per_s": images / statistics.median(taken["triton"]),
+            "engine_img_per_s": batch_size * count / statistics.median(taken["engine"]),
+            "ratio": speed_ratio(taken, "triton", "engine") * images / (batch_size * count),
+        }
+    return found
+
+
+def against_bare_engine(chosen: Any) -> dict[str, Any]:
+    """A stack from file to file over the same tiles by the engine, pixels in memory, nothing written."""
+    engine, images = engine_of(chosen.artefacts), read_images(chosen.images)
+    with tempfile.TemporaryDirectory() as name, Segmenter(chosen.url, timeout_s=300) as segmenter:
+        plan = segmenter.plan(*images.shape[1:])
+
+        def client() -> None:
+            segment_volume(segmenter, chosen.images, Request(folder=Path(name), overwrite=True, quiet=True))
+
+        def bare() -> None:
+            for image in images:
+                predict_tiled(image, plan, lambda tiles: engine.infer(tiles[:, np.newaxis])[:, 0])
+
+        taken = interleaved({"client": client, "engine": bare}, chosen.rounds)
+    return {
+        "slices": len(images),
+        "client_slices_per_s": len(images) / statistics.median(taken["client"]),
+        "engine_slices_per_s": len(images) / statistics.median(taken["engine"]),
+        "ratio": speed_ratio(taken, "client", "engine"),
+    }
+
+
+def against_tensorflow(chosen: Any) -> dict[str, Any]:
+    """A stack from file to file over the trained network in TensorFlow, tile by tile of 572, file to file too."""
+    import tensorflow as tf
+
+    from unet.scores import score_stack
+
+    network = tf.saved_model.load(str(chosen.saved_model)).signatures["serving_default"]
+    pages = slice(*chosen.pages)
+    scored = {}
+
+    def predict(tiles: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        answer = network(image=tf.constant(tiles[..., np.newaxis]))["probability"].numpy()
+        return np.asarray(answer[..., 0], np.float32)
+
+    with tempfile.TemporaryDirectory() as name, Segmenter(chosen.url, timeout_s=300) as segmenter:
+        folder = Path(name)
+        part = folder / "part.tif"
+        tifffile.imwrite(part, read_images(chosen.images)[pages], photometric="minisblack")
+
+        def client() -> None:
+            segment_volume(segmenter, part, Request(overwrite=True, quiet=True, picture_slice=None))
+
+        def reference() -> None:
+            images = tifffile.imread(part)
+            plan = plan_tiles(images.shape[1], images.shape[2], _TILE)
+            found = np.stack([predict_tiled(image, plan, predict) for image in images])
+            tifffile.imwrite(folder / "tensorflow.tif", found, photometric="minisblack")
+
+        taken = interleaved({"client": client, "tensorflow": reference}, max(1, chosen.rounds // 3))
+        if chosen.labels is not None:
+            labels = read_labels(chosen.labels)[pages]
+            for who, file in (("client", "part-probability.tif"), ("tensorflow", "tensorflow.tif")):
+                scores = score_stack(tifffile.imread(folder / file), labels)
+                scored[who] = {"v_rand": scores.best_v_rand, "v_info": scores.best_v_info}
+    count = chosen.pages[1] - chosen.pages[0]
+    return {
+        "slices": count,
+        "client_slices_per_s": count / statistics.median(taken["client"]),
+        "tensorflow_slices_per_s": count / statistics.median(taken["tensorflow"]),
+        "ratio": speed_ratio(taken, "client", "tensorflow"),
+        "scores": scored,
+    }
+
+
+def watched(line: Sequence[str]) -> tuple[list[tuple[float, float]], float]:
+    """Run a client; its resident memory over time, (s, MiB), and its peak."""
+    samples: list[tuple[float, float]] = []
+    started = time.monotonic()
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
+        about = psutil.Process(process.pid)
+        while True:
+            try:
+                samples.append((time.monotonic() - started, about.memory_info().rss / 2**20))
+                process.wait(_SAMPLE_S)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+            except psutil.Error:
+                break
+    if process.wait():
+        raise subprocess.CalledProcessError(process.returncode, line)
+    return samples, max(rss for _, rss in samples)
+
+
+def memory(chosen: Any) -> dict[str, Any]:
+    """The client's resident memory while it segments stacks of several lengths, and a slice of 16k x 16k."""
+    side, curves = chosen.side, {}
+    random = np.random.default_rng(0)
+    plane = random.integers(0, 256, (side, side), np.uint8)
+    with tempfile.TemporaryDirectory(dir=chosen.out) as name:
+        cases = {f"{count} slices": (count, plane) for count in chosen.slices}
+        if chosen.large:
+            repeats = -(-_LARGE // side)
+            cases[f"1 slice of {_LARGE}"] = (1, np.tile(plane, (repeats, repeats))[:_LARGE, :_LARGE])
+        for title, (count, pixels) in cases.items():
+            source = Path(name) / "volume.tif"
+            with tifffile.TiffWriter(source) as tiff:
+                for _ in range(count):
+                    tiff.write(pixels, photometric="minisblack", contiguous=True, metadata=None)
+            # Large pages pass without shared memory too: what the server maps is no client's memory.
+            line = [sys.executable, str(_CLIENT), str(source), "--url", chosen.url, "--overwrite", "--quiet"]
+            curves[title], _ = watched([*line, "--timeout", "600"])
+    _draw(chosen.out / "memory.png", curves)
+    return {title: {"peak_mib": max(rss for _, rss in curve)} for title, curve in curves.items()}
+
+
+def _draw(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for title, curve in curves.items():
+        end = curve[-1][0]
+        axes.plot([100 * at / end for at, _ in curve], [rss for _, rss in curve], label=f"{title}, {end:.0f} s")
+    axes.set(xlabel="% of the run", ylabel="client's resident memory, MiB", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with atomic_file(path) as aside:
+        figure.savefig(aside, dpi=110, format="png")
+
+
+def soak(chosen: Any) -> dict[str, Any]:
+    """Many clients at once for a while, each with slices of its own; every answer is compared with the first one."""
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (100, 100), np.uint8) for _ in range(chosen.clients)]
+    with Segmenter(chosen.url, timeout_s=300) as segmenter:
+        expected = list(segmenter.segment(images))
+    if len({answer.tobytes() for answer in expected}) < len(images):
+        raise AssertionError("two inputs have one answer: swapped ones would go unnoticed")
+    until, lock = time.monotonic() + chosen.seconds, threading.Lock()
+    counts = {"answers": 0, "wrong": 0}
+    process = psutil.Process()
+    rss: list[float] = []
+
+    def client(index: int) -> None:
+        order = np.random.default_rng(index)
+        with Segmenter(chosen.url, timeout_s=300) as segmenter:
+            while time.monotonic() < until:
+                chosen_ones = order.integers(0, len(images), 4)
+                for which, answer in zip(chosen_ones, segmenter.segment([images[one] for one in chosen_ones])):
+                    right = np.allclose(answer, expected[which], atol=chosen.tolerance)
+                    with lock:
+                        counts["answers"] += 1
+                        counts["wrong"] += not right
+                with lock:
+                    rss.append(process.memory_info().rss / 2**20)
+
+    with ThreadPoolExecutor(chosen.clients) as pool:
+        for future in [pool.submit(client, index) for index in range(chosen.clients)]:
+            future.result()
+    third = len(rss) // 3
+    return {
+        "clients": chosen.clients,
+        "seconds": chosen.seconds,
+        **counts,
+        "rss_mib_second_third": max(rss[third : 2 * third]),
+        "rss_mib_last_third": max(rss[2 * third :]),
+    }
+
+
+_FIGURES = {
+    "engine": against_engine,
+    "stack": against_bare_engine,
+    "tensorflow": against_tensorflow,
+    "memory": memory,
+    "soak": soak,
+}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure one thing, print it as JSON and keep it."""
+    parser = argparse.ArgumentParser(
+        prog="serve/figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=_FIGURES)
+    parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC")
+    parser.add_argument(
+        "--artefacts", type=Path, default=Path("artefacts"), help="what is served, for `engine`, `stack`"
+    )
+    parser.add_argument("--saved_model", type=Path, default=Path("result/saved_model"), help="for `tensorflow`")
+    parser.add_argument("--images", type=Path, default=Path("data/train-volume.tif"), help="a stack")
+    parser.add_argument("--labels", type=Path, help="its labels, to compare scores in `tensorflow`")
+    parser.add_argument("--pages", type=int, nargs=2, default=(24, 30), help="slices of it for `tensorflow`")
+    parser.add_argument("--rounds", type=int, default=9, help="turns that the measured things take")
+    parser.add_argument("--slices", type=int, nargs="+", default=[30, 300, 3000], help="lengths of `memory`'s stacks")
+    parser.add_argument("--side", type=int, default=512, help="of `memory`'s slices")
+    parser.add_argument("--large", action="store_true", help="`memory` with a slice of 16k x 16k too")
+    parser.add_argument("--clients", type=int, default=64, help="of `soak`")
+    parser.add_argument("--seconds", type=float, default=600, help="of `soak`")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.01, help="of `soak`: engines round differently in batches of other sizes"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for what is found")
+    chosen = parser.parse_args(argv)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    found = _FIGURES[chosen.what](chosen)
+    write_json(chosen.out / f"{chosen.what}.json", found)
+    say(json.dumps(found, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The client's figures are measured by commands; here each is run briefly, for its answer and not for its speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from serve.figures import main, speed_ratio
+from serve.triton_process import TritonServer
+
+
+def test_a_ratio_is_the_median_of_the_rounds() -> None:
+    assert speed_ratio({"a": [1.0, 1.0, 9.0], "b": [2.0, 4.0, 9.0]}, "a", "b") == 2.0
+
+
+def test_the_memory_curve_is_drawn(triton_server: TritonServer, tmp_path: Path) -> None:
+    line = ["memory", "--url", triton_server.settings.grpc_url, "--slices", "2", "4", "--side", "70"]
+    assert main([*line, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert set(found) == {"2 slices", "4 slices"}
+    assert Image.open(tmp_path / "memory.png").size[0] > 500
+
+
+@pytest.mark.parametrize("clients", [8])
+def test_many_clients_get_their_own_answers(triton_server: TritonServer, tmp_path: Path, clients: int) -> None:
+    line = ["soak", "--url", triton_server.settings.grpc_url, "--clients", str(clients), "--seconds", "1"]
+    assert main([*line, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["wrong"] == 0
+    assert found["answers"] >= clients
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_number_of_slices(triton_server: TritonServer, tmp_path: Path) -> None:
+    line = ["memory", "--url", triton_server.settings.grpc_url, "--slices", "30", "3000", "--side", "128"]
+    assert main([*line, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["3000 slices"]["peak_mib"] < found["30 slices"]["peak_mib"] + 32
