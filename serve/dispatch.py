@@ -116,7 +116,7 @@ class Dispatcher:
         self.settings = settings
         self.slots: list[Slot] = []
         self.resent = 0
-        self._free: queue.Queue[Slot] = queue.Queue()
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()  # its lock outlives a Ctrl-C
         self._changed = threading.Condition()
         self._under_way: dict[object, Any] = {}
         self._failed: deque[tuple[Batch, Exception, Connection]] = deque()
@@ -338,7 +338,7 @@ class Dispatcher:
         for slot in self.slots:
             slot.close()
         self.slots = []
-        self._free = queue.Queue()
+        self._free = queue.SimpleQueue()
 
     def close(self) -> None:
         """Give up what is under way, have the server forget the shared memory, and hang up."""
