@@ -175,7 +175,9 @@ def watched(line: Sequence[str]) -> tuple[list[tuple[float, float]], float]:
         about = psutil.Process(process.pid)
         while True:
             try:
-                samples.append((time.monotonic() - started, about.memory_info().rss / 2**20))
+                rss = about.memory_info().rss / 2**20
+                if rss:  # none is left of one that has just ended
+                    samples.append((time.monotonic() - started, rss))
                 process.wait(_SAMPLE_S)
                 break
             except subprocess.TimeoutExpired:

@@ -79,7 +79,7 @@ def slices_of(
 
 def chart(title: str, x: Sequence[str], series: Mapping[str, Sequence[float]], unit: str) -> str:
     """Lines over equally spaced places, as SVG; every point bears its value as a tooltip."""
-    left, top, width, height = 46, 30, 420, 190
+    left, top, width, height = 54, 30, 415, 190
     values = [value for line in series.values() for value in line]
     span = max(values) or 1
     place = [left + width * (index + 0.5) / len(x) for index in range(len(x))]
