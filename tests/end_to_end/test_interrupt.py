@@ -26,7 +26,14 @@ def processes_of(checkout: Path) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("moment", ["step 10 of 20", "== start Triton", "== benchmark"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("step 10 of 20", marks=pytest.mark.slow),
+        "== start Triton",
+        pytest.param("== benchmark", marks=pytest.mark.slow),
+    ],
+)
 def test_ctrl_c_leaves_nothing(checkout: Path, user_environment: dict[str, str], moment: str) -> None:
     before = {path.name for path in SHARED_MEMORY.iterdir()}
     line = ["make", "demo", "DEMO_FLAGS=--quick"]

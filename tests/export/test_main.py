@@ -120,7 +120,11 @@ def test_the_plan_has_one_profile_per_tile_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("poison", "sentence"), [(np.nan, "NaN or infinite"), (3e6, "beyond float16's 65504")], ids=["nan", "too large"]
+    ("poison", "sentence"),
+    [
+        pytest.param(np.nan, "NaN or infinite", id="nan"),
+        pytest.param(3e6, "beyond float16's 65504", id="too large", marks=pytest.mark.slow),
+    ],
 )
 def test_a_refused_export_leaves_the_former_artefacts(
     artefacts: Path,

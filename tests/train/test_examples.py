@@ -30,7 +30,18 @@ def run(script: Path, *arguments: str | Path, **variables: str) -> subprocess.Co
     return subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=240)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# One of each kind, on one rank and on two; the others differ in a flag.
+QUICK = {
+    "unet_TF-AMP_1GPU.sh",
+    "unet_FP32_8GPU.sh",
+    "unet_TRAIN_BENCHMARK_TF-AMP_8GPU.sh",
+    "unet_INFER_BENCHMARK_FP32.sh",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_it_runs(name: str, project_root: Path, phantom_dir: Path, tmp_path: Path) -> None:
     ranks = 2 if "8GPU" in name else 1
     script = project_root / "train" / "examples" / name

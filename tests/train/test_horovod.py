@@ -69,6 +69,7 @@ def test_compressed_gradients_are_rounded_and_no_more(phantom_dir: Path, tmp_pat
     assert 1e-8 < difference < 1e-3
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_horovod_and_one_of_several_says_so(
     phantom_dir: Path, tmp_path: Path, project_root: Path
 ) -> None:
