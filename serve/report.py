@@ -211,7 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores = score_stack(proposal, labels[shown], _THRESHOLDS)
         sections.append(score_section(scores, f"Slices {shown[0]} to {shown[-1]} of {chosen.images.name}."))
     if chosen.benchmark is not None:
-        sections.append(speed_section(_json(chosen.benchmark)))
+        try:
+            sections.append(speed_section(_json(chosen.benchmark)))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ReportError(
+                f"{chosen.benchmark} is not what serve/benchmark.py writes ({error!r}): measure again"
+            ) from error
     if chosen.artefacts is not None:
         sections.append(card_section(_json(chosen.artefacts / CARD_FILE)))
     write_report(chosen.out, f"Membranes in {chosen.images.name}", slices, sections)

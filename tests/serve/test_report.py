@@ -120,5 +120,12 @@ def test_a_probability_of_another_stack_is_refused(tmp_path: Path, capsys: pytes
     assert "is not of" in capsys.readouterr().err
 
 
+def test_another_benchmark_is_one_sentence(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (page.parent / "other.json").write_text('{"rows": []}')
+    line = ["--images", page.parent / "images.tif", "--probability", page.parent / "found.tif"]
+    assert main([*map(str, line), "--benchmark", str(page.parent / "other.json")]) == 2
+    assert "other.json is not what serve/benchmark.py writes" in capsys.readouterr().err
+
+
 def test_a_flat_line_can_be_drawn() -> None:
     assert "nan" not in chart("flat", ["a", "b"], {"one": [1.0, 1.0]}, "s")
