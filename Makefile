@@ -33,7 +33,7 @@ install: $(VENV)/.installed  ## create .venv with everything that this machine c
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile | check-tools
 	@echo "installing into $(VENV) with $$($(PYTHON) --version)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[train,export,serve,zarr,dask,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[train,export,serve,zarr,dask,int8,dev]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m train.install_horovod --version $(HOROVOD) --wheels "$(WHEELS)"
 	@touch $@
 
@@ -109,7 +109,7 @@ constraints: install  ## resolve constraints.txt anew, for every supported Pytho
 	@$(BIN)/python -m pip install -qq uv
 	@$(BIN)/uv pip compile -q --universal --python-version 3.9 --python $(BIN)/python --index-strategy unsafe-best-match \
 	--no-annotate --custom-compile-command "make constraints" \
-	--extra train --extra export --extra serve --extra zarr --extra dask --extra rtx --extra dev \
+	--extra train --extra export --extra serve --extra zarr --extra dask --extra int8 --extra rtx --extra dev \
 	pyproject.toml -o constraints.txt
 
 .PHONY: clean

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.parity import BFLOAT, HALF, SAME_TYPE, Comparison, ParityError, Tolerance, compare
+from export.parity import BFLOAT, HALF, INTEGER, SAME_TYPE, Comparison, ParityError, Tolerance, compare
 from unet.card import Engine
 from unet.cpu_engine import CpuEngine, EngineChoice, EngineError, supported_choices
 
@@ -58,12 +58,16 @@ class Selection:
     rates: dict[str, float]
 
 
-def candidate(choice: EngineChoice, single: Path, half: Path) -> Candidate:
+def candidate(choice: EngineChoice, single: Path, half: Path, int8: Path | None = None) -> Candidate:
     """The file that suits an engine, and how far its output may be from the SavedModel's.
 
     OpenVINO converts float16 weights while loading, so it takes the smaller file; ONNX Runtime would put casts
     around every operator of a float16 graph on a CPU, so it takes the float32 one.
     """
+    if choice.precision == "int8":
+        if int8 is None:
+            raise EngineError("there is no INT8 file: export with --int8")
+        return Candidate(choice, int8, SINGLE_NAME, INTEGER)
     if choice.kind == "onnxruntime":
         return Candidate(choice, single, SINGLE_NAME, SAME_TYPE)
     return Candidate(choice, half, HALF_NAME, BFLOAT if choice.precision == "bf16" else HALF)
@@ -76,6 +80,7 @@ def choose_engine(
     expected: Mapping[str, Sequence[NDArray[Any]]],
     choices: Sequence[EngineChoice] | None = None,
     judge: Judge | None = None,
+    int8: Path | None = None,
 ) -> Selection:
     """Load, prove and time every engine that this CPU supports.
 
@@ -86,6 +91,7 @@ def choose_engine(
         expected: probability by what gave it: of the SavedModel and of both files.
         choices: engines to consider; None for all that this CPU supports.
         judge: scores held-out slices, where there are any.
+        int8: the quantised network, which is considered first where it is given.
 
     Returns:
         The fastest that agrees, and what was measured of all.
@@ -97,7 +103,8 @@ def choose_engine(
     comparisons: list[Comparison] = []
     changes: list[Change] = []
     fault = "there was none to try"
-    candidates = {c: candidate(c, single, half) for c in (supported_choices() if choices is None else choices)}
+    considered = [*([] if int8 is None else [EngineChoice("openvino", "int8")]), *(choices or supported_choices())]
+    candidates = {choice: candidate(choice, single, half, int8) for choice in considered}
     for choice, entry in candidates.items():
         try:
             engine = CpuEngine(entry.path, choice)

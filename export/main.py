@@ -47,6 +47,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SIZE",
         help="input sizes to serve, 188 + 16k each (default: 572 700)",
     )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="consider an engine in 8-bit integers too; it is taken only if it keeps the scores of held-out slices",
+    )
     return parser.parse_args(argv)
 
 
@@ -73,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data_dir=data_folder(args.data_dir),
         target=args.target,
         tile_sizes=tuple(args.tile_sizes),
+        int8=args.int8,
     )
     card = export_model(config, say)
     for artefact in card.artefacts.values():

@@ -48,6 +48,10 @@ HALF = Tolerance(
 BFLOAT = Tolerance(
     "probability", 4e-2, 8e-3, "8 significant bits, three fewer than float16: eight times its tolerance", 0.995
 )
+# Eight-bit steps move single pixels far; what counts is that the cells stay.
+INTEGER = Tolerance(
+    "probability", 0.5, 2e-2, "8-bit weights and activations; the scores of held-out slices decide", 0.995
+)
 
 
 @dataclass(frozen=True)

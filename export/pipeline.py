@@ -17,12 +17,13 @@ from export import trtexec
 from export.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine, one_by_one
 from export.graph import INPUT, LOGITS, base_filters, read_model, with_logits, write_model
 from export.half_precision import to_half
+from export.int8 import quantise
 from export.parity import HALF, SAME_TYPE, Comparison, Tolerance, compare
 from export.parity import LOGITS as LOGITS_TOLERANCE
 from export.provenance import card_page, machine, shell, tensorflow_package, versions
 from export.reference import Outputs
 from export.scoring import Change, Judge, gather_scored
-from export.tiles import Tiles, gather_tiles
+from export.tiles import Tiles, gather_tiles, training_tiles
 from unet.card import CARD_FILE, Card
 from unet.cpu_engine import CpuEngine, EngineChoice
 from unet.errors import UnetError
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SAVED_MODEL, SINGLE, HALF_FILE, PAGE = "saved_model", "model.onnx", "model.fp16.onnx", "card.md"
-WORST = "worst_slice.png"
+WORST, INT8_FILE = "worst_slice.png", "model.int8.zip"
 ORT = EngineChoice("onnxruntime", "f32")
 
 
@@ -55,6 +56,7 @@ class ExportConfig:
         data_dir: folder with a ``*-volume.tif`` to measure on; None takes the synthetic stack.
         target: "cpu" chooses an engine for this machine; a GPU leaves the command that builds a plan there.
         tile_sizes: input sizes that will be served, 188 + 16k; the first is the one that speed is measured at.
+        int8: whether an engine in 8-bit integers is considered too, with "cpu".
     """
 
     model_dir: Path
@@ -62,6 +64,7 @@ class ExportConfig:
     data_dir: Path | None = None
     target: str = "cpu"
     tile_sizes: tuple[int, ...] = (572, 700)
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if not self.tile_sizes or len(set(self.tile_sizes)) != len(self.tile_sizes):
@@ -179,6 +182,27 @@ class Exporter:
         self.card.record("onnx_fp16", path, "onnx", command, versions=versions("onnx", "numpy"))
         self._prove_file(HALF_NAME, path, tiles, HALF)
 
+    def _to_int8(self, single: Path) -> Path:
+        if self._judge is None:
+            raise ExportError(
+                "INT8 is accepted by the scores of labelled slices that training did not see, and there are none: "
+                "train with --crossvalidation_idx, name the stacks with --data_dir, or leave --int8 out"
+            )
+        held_out = self.card.artefacts["saved_model"].facts["held_out"]
+        path = self.folder / INT8_FILE
+        calibration = training_tiles(self.config.data_dir, self.config.tile_sizes[0], held_out)
+        quantise(single, calibration, path)
+        self.card.record(
+            "int8",
+            path,
+            "onnx",
+            "python export/main.py --int8",
+            versions=versions("nncf", "openvino"),
+            calibration_tiles=len(calibration),
+        )
+        self._say(f"INT8: calibrated on {len(calibration)} tiles of slices that training saw")
+        return path
+
     def _prove_file(self, name: str, path: Path, tiles: Tiles, tolerance: Tolerance) -> None:
         """Run a file as it lies on the disk and compare it with every step before it."""
         engine = CpuEngine(path, ORT)
@@ -191,7 +215,8 @@ class Exporter:
 
     def _choose_engine(self, tiles: Tiles) -> None:
         single, half = self.folder / SINGLE, self.folder / HALF_FILE
-        selection = choose_engine(single, half, tiles, self.expected, judge=self._judge)
+        int8 = self._to_int8(single) if self.config.int8 else None
+        selection = choose_engine(single, half, tiles, self.expected, judge=self._judge, int8=int8)
         for comparison in selection.comparisons:
             self._note(comparison)
         for change in selection.changes:

@@ -70,6 +70,27 @@ def gather_tiles(data_dir: Path | None, tile_sizes: Sequence[int], held_out: Map
     return Tiles(source, tuple(batches))
 
 
+def training_tiles(
+    data_dir: Path | None, tile_size: int, held_out: Mapping[str, Sequence[int]]
+) -> list[NDArray[np.uint8]]:
+    """One tile of each slice that training saw, uint8 [1, 1, size, size] each, of the stacks in ``held_out``.
+
+    Raises:
+        StackError: a stack cannot be read.
+    """
+    found: list[NDArray[np.uint8]] = []
+    for name, pages in held_out.items():
+        stack = None if data_dir is None else data_dir / name
+        if stack is None or not stack.exists():
+            continue
+        with StackReader(stack) as reader:
+            window = None if reader.dtype == np.uint8 else window_of(reader)
+            seen = [page for page in range(len(reader)) if page not in set(pages)]
+            cut = [_cut(to_uint8(reader[page], window), tile_size, number) for number, page in enumerate(seen)]
+        found += [tile[np.newaxis, np.newaxis] for tile in cut]
+    return found
+
+
 def _read_slices(data_dir: Path, held_out: Mapping[str, Sequence[int]]) -> tuple[list[NDArray[np.uint8]], str]:
     stacks = sorted(data_dir.glob("*-volume.tif"), key=lambda path: (path.name not in held_out, path.name))
     if not stacks:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+from export.engine_choice import SAVED_MODEL_NAME, SINGLE_NAME, choose_engine
+from export.graph import write_model
+from export.int8 import QuantisationError, quantise
+from export.main import main
+from export.parity import ParityError
+from export.scoring import Judge, ScoredSlices
+from export.tiles import Tiles, training_tiles
+from unet.cpu_engine import CpuEngine, EngineChoice, EngineError
+from unet.phantom import synthetic_stack
+
+INT8 = EngineChoice("openvino", "int8")
+
+
+@pytest.fixture(scope="module")
+def files(single: Any, half: Any, tiles: Tiles, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("int8")
+    found = folder / "model.onnx", folder / "model.fp16.onnx", folder / "model.int8.zip"
+    write_model(single, found[0])
+    write_model(half, found[1])
+    quantise(found[0], [tiles.batches[0][index : index + 1] for index in range(3)], found[2])
+    return found
+
+
+def test_it_computes_in_integers_and_stays_close(
+    files: tuple[Path, Path, Path], tiles: Tiles, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with zipfile.ZipFile(files[2]) as packed:
+        assert packed.namelist() == ["model.xml", "model.bin"]
+        assert b'type="FakeQuantize"' in packed.read("model.xml")
+    exact = CpuEngine(files[0], EngineChoice("onnxruntime", "f32"))
+    engine = CpuEngine(files[2], INT8)
+    for batch in tiles.batches:
+        found, due = engine.infer(batch).astype(np.float32), exact.infer(batch).astype(np.float32)
+        assert 0 < np.abs(found - due).mean() < 0.05
+    assert "Statistics" not in capsys.readouterr().out
+
+
+def test_it_is_considered_and_scored_like_every_other(
+    files: tuple[Path, Path, Path], tiles: Tiles, reference: Any
+) -> None:
+    images, labels = synthetic_stack(slices=2, size=96, seed=3)
+    slices = ScoredSlices(images, labels, 284)
+    exact = CpuEngine(files[0], EngineChoice("onnxruntime", "f32"))
+    judge = Judge.of(slices, slices.predict(exact.infer))
+    expected = {
+        name: [reference.probability(batch) for batch in tiles.batches] for name in (SAVED_MODEL_NAME, SINGLE_NAME)
+    }
+    choices = [EngineChoice("onnxruntime", "f32")]
+    found = choose_engine(files[0], files[1], tiles, expected, choices, judge=judge, int8=files[2])
+    assert str(INT8) in {one.step for one in found.comparisons}
+    assert found.changes[-1].ratio >= found.changes[-1].least
+    assert f"{found.engine.kind} {found.engine.precision}" == found.changes[-1].step
+    strict = Judge(slices, judge.expected, judge.before)
+    refused = strict.judge("openvino int8", lambda image: np.ones_like(exact.infer(image)), 0.995)
+    with pytest.raises(ParityError, match="openvino int8 keeps only"):
+        refused.check()
+
+
+def test_calibration_is_on_slices_that_training_saw(tmp_path: Path) -> None:
+    images = synthetic_stack(slices=4, size=96, seed=2)[0]
+    tifffile.imwrite(tmp_path / "train-volume.tif", images, photometric="minisblack")
+    found = training_tiles(tmp_path, 204, {"train-volume.tif": [1, 2]})
+    assert [tile.shape for tile in found] == [(1, 1, 204, 204)] * 2
+    assert not training_tiles(tmp_path, 204, {})
+    with pytest.raises(QuantisationError, match="no tiles to calibrate"):
+        quantise(tmp_path / "model.onnx", [], tmp_path / "model.int8.zip")
+
+
+def test_without_scores_it_is_refused(
+    model_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--model_dir", model_dir, "--out", tmp_path / "out", "--data_dir", data_dir, "--int8"]
+    assert main([*map(str, line), "--tile_sizes", "204", "220"]) == 2
+    assert "INT8 is accepted by the scores of labelled slices" in capsys.readouterr().err
+
+
+def test_another_file_is_no_int8_engine(files: tuple[Path, Path, Path]) -> None:
+    with pytest.raises(EngineError, match="is not an INT8 engine"):
+        CpuEngine(files[0], INT8)
