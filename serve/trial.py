@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import socket
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from serve.repository import ModelSettings, publish
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
 from unet.errors import UnetError, command, say
+from unet.processes import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -99,7 +99,7 @@ def try_out(
     with tempfile.TemporaryDirectory(prefix="unet-trial-") as name:
         folder = Path(name)
         publish(artefacts, folder / "models", settings)
-        http, grpc, metrics = _free_ports(3)
+        http, grpc, metrics = free_ports(3)
         server = ServerSettings(folder / "models", folder / "log", folder / "state", http, grpc, metrics)
         started = time.perf_counter()
         with TritonServer(server) as triton:
@@ -181,14 +181,6 @@ def _counts(url: str, model: str) -> tuple[int, int, int, int]:
         counts = client.get_inference_statistics(model).model_stats[0]
     queue = counts.inference_stats.queue
     return int(counts.inference_count), int(counts.execution_count), int(queue.count), int(queue.ns)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def row(trial: Trial, load: Load) -> str:

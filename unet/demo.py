@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from unet.errors import UnetError, command, say
-from unet.processes import MemoryWatch, child
+from unet.processes import MemoryWatch, child, free_ports
 from unet.stack import StackReader, StackWriter
 
 if TYPE_CHECKING:
@@ -188,7 +187,7 @@ class Demo:
     @contextlib.contextmanager
     def server(self) -> Iterator[str]:
         """The real Triton on free ports of the loopback interface; yields the gRPC address."""
-        ports = {name: free_port() for name in ("http_port", "grpc_port", "metrics_port")}
+        ports = dict(zip(("http_port", "grpc_port", "metrics_port"), free_ports(3)))
         triton: tuple[str | Path, ...] = ("python", "serve/triton.py")
         state: tuple[str | Path, ...] = ("--state_dir", self.out / "triton")
         flags = [word for name, port in ports.items() for word in (f"--{name}", str(port))]
@@ -244,13 +243,6 @@ def follow_log(path: Path, process: Any) -> Iterator[dict[str, Any]]:
         # The wait for the process is the clock: it returns at once when the process ends.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
-
-
-def free_port() -> int:
-    """A TCP port on the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @command

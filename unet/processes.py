@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import threading
 from dataclasses import dataclass, field
@@ -70,6 +71,16 @@ def signals_held_back() -> Iterator[None]:
             signal.signal(number, handler)
         if held:
             os.kill(os.getpid(), held[0])
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of the loopback interface that nothing listens on, each another one."""
+    with contextlib.ExitStack() as stack:
+        # All are held until the last is found: one that was let go could be given out again.
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def end_tree(pid: int, grace_s: float = GRACE_S) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from serve.repository import ModelSettings, publish
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
 from unet.card import Card, Engine
+from unet.processes import free_ports
 
 TILE_SIZES = (204, 252)
 
@@ -51,18 +51,6 @@ def tiny_artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card.engine = Engine("onnxruntime", "f32", "model.fp16.onnx", 1.0)
     card.save()
     return folder
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports of the loopback interface that nothing listens on."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
 from unet.card import Card
 from unet.cpu_engine import CpuEngine, EngineChoice
-from unet.demo import free_port
 from unet.geometry import cheapest_tile_size, plan_tiles, predict_tiled
+from unet.processes import free_ports
 
 SHARED_MEMORY = Path("/dev/shm")
 RNG = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def odd_url(tiny_artefacts: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         (folder / "models" / name / "1").mkdir(parents=True)
         (folder / "models" / name / "1" / "model.py").write_text(SLOW_MODEL)
         (folder / "models" / name / "config.pbtxt").write_text(text_format.MessageToString(config))
-    http, grpc, metrics = (free_port() for _ in range(3))
+    http, grpc, metrics = free_ports(3)
     server_settings = ServerSettings(folder / "models", folder / "triton.log", folder / "state", http, grpc, metrics)
     with TritonServer(server_settings):
         yield server_settings.grpc_url

@@ -23,8 +23,7 @@ from serve.triton_install import find_installation
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings, server_command
 from serve.triton_state import answers_ready
-from tests.serve.conftest import free_ports
-from unet.processes import child
+from unet.processes import child, free_ports
 
 BIN = Path(sys.executable).parent
 DOCKER = Path(__file__).resolve().parents[2] / "docker"

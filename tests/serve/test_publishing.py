@@ -20,8 +20,9 @@ from serve.triton_install import TritonError
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings, read_admin_key
 from serve.triton_state import load_state
-from tests.serve.conftest import TILE_SIZES, cropping_model, free_ports
+from tests.serve.conftest import TILE_SIZES, cropping_model
 from unet.card import Card, CardError, Engine
+from unet.processes import free_ports
 
 
 def artefacts_dividing_by(folder: Path, divisor: float) -> Path:

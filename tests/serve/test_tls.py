@@ -19,7 +19,7 @@ from serve.triton_control import control_of
 from serve.triton_install import TritonError
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
-from tests.serve.conftest import free_ports
+from unet.processes import free_ports
 
 TIMEOUT_S = 20.0
 

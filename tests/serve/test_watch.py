@@ -18,7 +18,7 @@ from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
 from serve.triton_state import answers_ready
 from serve.triton_watch import Watcher, WatchSettings
-from tests.serve.conftest import free_ports
+from unet.processes import free_ports
 
 CANARY_TIMEOUT_S = 60.0
 
