@@ -69,7 +69,7 @@ class TrainConfig:
     crossvalidation_idx: int = _flag(-1, "hold out fold 0 to 4 of each stack from training; -1 trains on all slices")
     evaluate_every: int = _flag(0, "steps between two measurements of the held-out Dice while training; 0 for none")
     checkpoint_every: int = _flag(500, "steps between two checkpoints; the last step always writes one")
-    resume: bool = _flag(False, "go on from the newest checkpoint in --model_dir")
+    resume: bool = _flag(False, "go on from the newest checkpoint in --model_dir, or begin where there is none")
     tta: bool = _flag(False, "predict and evaluate with the mean over mirrorings and quarter turns")
     fp16_compression: bool = _flag(False, "send gradients between ranks as float16")
     preview_augmentation: str = _flag("", "write a picture of the first training windows to this PNG, and do no more")

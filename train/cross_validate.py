@@ -50,9 +50,7 @@ class Fold:
             say(f"fold {self.number}: scored already, in {self.folder}")
             return
         line = [*launcher, sys.executable, str(MAIN), *flags, "--exec_mode", "train_and_evaluate"]
-        line += ["--model_dir", str(self.folder), "--crossvalidation_idx", str(self.number)]
-        if (self.folder / "checkpoints" / "latest.json").exists():
-            line.append("--resume")
+        line += ["--model_dir", str(self.folder), "--crossvalidation_idx", str(self.number), "--resume"]
         say(f"fold {self.number}:")
         with child(line) as trainer:
             trainer.wait()

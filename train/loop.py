@@ -198,10 +198,10 @@ def train(
 
     Raises:
         TrainingError: if the loss is not finite; the last checkpoint stays as it was.
-        CheckpointError: if ``resume`` finds no usable checkpoint.
+        CheckpointError: if ``resume`` finds checkpoints of which none can be used, or there are some without it.
     """
     trainer = Trainer(config, cluster)
-    first = trainer.checkpoints.restore() if config.resume else 0
+    first = _resumed_step(trainer, config, cluster)
     log.rewind(first)
     if not config.resume and cluster.is_first and trainer.checkpoints.exist():
         raise CheckpointError(
@@ -241,6 +241,13 @@ def train(
             if others_stop:
                 break
     return TrainResult(trainer.model, step, interrupted=step < config.max_steps)
+
+
+def _resumed_step(trainer: Trainer, config: TrainConfig, cluster: Cluster) -> int:
+    """Load the newest checkpoint where one is wanted and there; the first rank's step, which counts for all."""
+    found = trainer.checkpoints.restore() if config.resume and trainer.checkpoints.exist() else 0
+    mine = tf.constant(found if cluster.is_first else 0, tf.int64)
+    return int(cluster.sum(mine, name="resumed_step"))
 
 
 def _shared_dice(

@@ -69,6 +69,19 @@ def test_resumed_run_equals_uninterrupted_one(tiny: Make, slices: list[Slice], t
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-7)
 
 
+def test_resume_begins_where_there_is_nothing_to_go_on_from(tiny: Make, slices: list[Slice], tmp_path: Path) -> None:
+    # As a job that is always started with --resume, whether for the first time or again.
+    plain, resumed = (
+        run(tiny(model_dir=str(tmp_path / f"resume-{resume}"), resume=resume), slices) for resume in (False, True)
+    )
+    for left, right in zip(plain, resumed):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-7)
+    for state in (tmp_path / "resume-True" / "checkpoints").glob("step-*/state.data*"):
+        state.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        run(tiny(model_dir=str(tmp_path / "resume-True"), resume=True), slices)
+
+
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(
     tiny: Make, slices: list[Slice], project_root: Path, tmp_path: Path
 ) -> None:
