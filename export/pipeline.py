@@ -25,7 +25,7 @@ from export.reference import Outputs
 from export.scoring import Change, Judge, gather_scored
 from export.tiles import Tiles, gather_tiles, training_tiles
 from unet.card import CARD_FILE, Card
-from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.cpu_engine import CpuEngine, EngineChoice, load_engine
 from unet.errors import UnetError
 from unet.files import atomic_directory, atomic_file
 from unet.geometry import output_size
@@ -226,8 +226,7 @@ class Exporter:
         table = ", ".join(f"{name} {rate:.2f}" for name, rate in selection.rates.items())
         self._say(f"engine: {engine.kind} {engine.precision} on {engine.file} (tiles per second: {table})")
         if self._judge is not None:
-            loaded = CpuEngine(self.folder / engine.file, EngineChoice(engine.kind, engine.precision))
-            difference = self._judge.worst_slice_png(self.folder / WORST, loaded.infer)
+            difference = self._judge.worst_slice_png(self.folder / WORST, load_engine(self.card).infer)
             self._say(f"{WORST}: the slice where the engine differs most, by {difference:.1e} in the mean")
 
     def _prove(self, result: Comparison | Change) -> None:

@@ -29,7 +29,7 @@ import tifffile
 from serve.pipeline import Request, segment_volume
 from serve.segmenter import Segmenter
 from unet.card import Card
-from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.cpu_engine import load_engine
 from unet.errors import command, say
 from unet.files import atomic_file, write_json
 from unet.geometry import plan_tiles, predict_tiled
@@ -42,13 +42,6 @@ _CLIENT = Path(__file__).resolve().parent / "client.py"
 _TILE = 572
 _LARGE = 16384
 _SAMPLE_S = 0.05
-
-
-def engine_of(artefacts: Path) -> CpuEngine:
-    """The engine that Triton runs, with all cores, in this process."""
-    card = Card.load(artefacts)
-    engine = card.engine
-    return CpuEngine(card.verify_engine(), EngineChoice(engine.kind, engine.precision).fitting())
 
 
 def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -72,7 +65,7 @@ def speed_ratio(taken: dict[str, list[float]], of: str, over: str) -> float:
 
 def against_engine(chosen: Any) -> dict[str, Any]:
     """Images per second through Triton, with as many requests in flight as the client keeps, over the engine's."""
-    engine = engine_of(chosen.artefacts)
+    engine = load_engine(Card.load(chosen.artefacts))
     found: dict[str, Any] = {}
     for batch_size in (1, 8, 16):
         tiles = np.random.default_rng(0).integers(0, 256, (batch_size, 1, _TILE, _TILE), np.uint8)
@@ -103,7 +96,7 @@ def against_engine(chosen: Any) -> dict[str, Any]:
 
 def against_bare_engine(chosen: Any) -> dict[str, Any]:
     """A stack from file to file over the same tiles by the engine, pixels in memory, nothing written."""
-    engine, images = engine_of(chosen.artefacts), read_images(chosen.images)
+    engine, images = load_engine(Card.load(chosen.artefacts)), read_images(chosen.images)
     with tempfile.TemporaryDirectory() as name, Segmenter(chosen.url, timeout_s=300) as segmenter:
         plan = segmenter.plan(*images.shape[1:])
 

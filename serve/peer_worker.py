@@ -27,10 +27,9 @@ GEMM_SIDE = 4096
 def engine(inputs: Path) -> Infer:
     """What this project serves: the engine that the card names, as Triton's backend runs it."""
     from unet.card import Card
-    from unet.cpu_engine import CpuEngine, EngineChoice
+    from unet.cpu_engine import load_engine
 
-    card = Card.load(inputs / "artefacts")
-    return CpuEngine(card.verify_engine(), EngineChoice(card.engine.kind, card.engine.precision)).infer
+    return load_engine(Card.load(inputs / "artefacts")).infer
 
 
 def openvino(inputs: Path) -> Infer:

@@ -53,7 +53,7 @@ class Engine:
 
     Attributes:
         kind: "openvino" or "onnxruntime".
-        precision: "bf16" or "f32", the arithmetic's number format.
+        precision: "bf16", "f32" or "int8", the arithmetic's number format.
         file: the artefact's file that the engine loads, relative to the card's folder.
         img_per_s: tiles of the first tile size per second, one at a time.
     """

@@ -16,6 +16,8 @@ from unet.geometry import output_size
 if TYPE_CHECKING:
     import os
 
+    from unet.card import Card
+
 KINDS = ("openvino", "onnxruntime")
 PRECISIONS = ("bf16", "f32", "int8")
 INPUT, OUTPUT = "image", "probability"
@@ -55,6 +57,21 @@ class EngineChoice:
         return EngineChoice(self.kind, "f32")
 
 
+def load_engine(card: Card, threads: int | None = None) -> CpuEngine:
+    """The engine that a card names, its file checked, in f32 where this CPU lacks the card's number format.
+
+    Args:
+        card: of exported artefacts, or of a published version.
+        threads: threads to compute with; None lets the library take all cores.
+
+    Raises:
+        CardError: the file is not what the card says.
+        EngineError: it cannot be loaded here.
+    """
+    path = card.verify_engine()
+    return CpuEngine(path, EngineChoice(card.engine.kind, card.engine.precision).fitting(), threads)
+
+
 def has_bf16() -> bool:
     """Whether OpenVINO finds bf16 arithmetic (avx512_bf16 or amx_bf16) in this CPU."""
     return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -70,7 +87,8 @@ class CpuEngine:
     """One exported network, loaded; for one thread at a time.
 
     Args:
-        model_path: an ONNX file with the served interface: ``image`` uint8 [N, 1, H, W] to ``probability`` float16.
+        model_path: a file with the served interface, ``image`` uint8 [N, 1, H, W] to ``probability`` float16: ONNX, or
+            for "int8" the ZIP that the exporter writes.
         choice: library and number format.
         threads: threads to compute with; None lets the library take all cores.
 

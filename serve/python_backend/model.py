@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.dont_write_bytecode = True
 
 from unet.card import Card  # noqa: E402
-from unet.cpu_engine import CpuEngine, EngineChoice  # noqa: E402
+from unet.cpu_engine import load_engine  # noqa: E402
 from unet.errors import UnetError  # noqa: E402
 from unet.machine import usable_cores  # noqa: E402
 
@@ -28,11 +28,11 @@ class TritonPythonModel:
         """Check the version's files against their card and load the engine that the card names."""
         folder = Path(args["model_repository"]) / args["model_version"]
         card = Card.load(folder)
-        engine = card.engine
-        choice = EngineChoice(engine.kind, engine.precision).fitting()
         threads = _threads(json.loads(args["model_config"]))
-        self._engine = CpuEngine(card.verify_engine(), choice, threads)
-        pb_utils.Logger.log_info(f"{args['model_name']} version {args['model_version']}: {choice}, {threads} threads")
+        self._engine = load_engine(card, threads)
+        pb_utils.Logger.log_info(
+            f"{args['model_name']} version {args['model_version']}: {self._engine.choice}, {threads} threads"
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer the requests that Triton batched: those of one tile size in one pass of the engine."""

@@ -15,7 +15,7 @@ from export.main import data_folder, main
 from export.provenance import machine, versions
 from export.trtexec import plan_command
 from unet.card import Card, CardError
-from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.cpu_engine import load_engine
 from unet.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -61,7 +61,7 @@ def test_artefacts_carry_their_history(artefacts: Path, model_dir: Path, data_di
 
 def test_the_chosen_engine_loads_and_segments(artefacts: Path) -> None:
     card = Card.load(artefacts)
-    engine = CpuEngine(card.verify_engine(), EngineChoice(card.engine.kind, card.engine.precision))
+    engine = load_engine(card)
     output = engine.infer(np.zeros((2, 1, 220, 204), np.uint8))
     assert output.shape == (2, 1, 36, 20)
     assert card.engine.img_per_s > 0
