@@ -18,7 +18,7 @@ from serve.model_config import PLAN_FILE
 from serve.perf_analyzer import PerfAnalyzer, PerfAnalyzerError
 from serve.triton_install import TritonError, find_installation
 from unet.card import Card, CardError
-from unet.cpu_engine import EngineError, supported_choices
+from unet.cpu_engine import EngineChoice, EngineError, supported_choices
 from unet.errors import command, say
 from unet.machine import numa_nodes, usable_cores
 
@@ -254,9 +254,9 @@ def look_at_card(artefacts: Path, gpus: Sequence[Gpu]) -> Finding:
         return Finding(
             item, ABSENT, f"{artefacts}: no engine for a CPU and no plan", "run build_plan.sh on the GPU's machine"
         )
-    engine = f"{card.engine.kind} {card.engine.precision}"
     try:
-        fits = engine in {str(choice) for choice in supported_choices()}
+        engine = EngineChoice(card.engine.kind, card.engine.precision)
+        fits = engine.fitting() == engine
     except EngineError as error:
         return Finding(item, WRONG, str(error))
     remedy = "" if fits else "this CPU computes it in f32, more slowly: export it here again"

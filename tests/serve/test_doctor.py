@@ -10,7 +10,7 @@ import pytest
 from serve import doctor
 from serve.doctor import Finding, main
 from serve.gpus import Gpu, parse_gpus
-from unet.card import Card
+from unet.card import Card, Engine
 
 V100 = "Tesla V100-SXM2-16GB, 535.183.01, 7.0, 16384"
 
@@ -111,6 +111,17 @@ def test_artefacts_that_serve_nothing_are_told(tiny_artefacts: Path, tmp_path: P
     card = tmp_path / "artefacts" / "card.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), "engine": None}))
     assert "no engine for a CPU and no plan" in str(doctor.look_at_card(card.parent, []))
+
+
+@pytest.mark.parametrize("precision", ["f32", "int8"])
+def test_an_engine_that_computes_natively_fits(precision: str, tmp_path: Path) -> None:
+    card = Card(tmp_path)
+    card.tile_sizes = (204,)
+    card.engine = Engine("openvino", precision, "model", 1.0)
+    card.save()
+    found = doctor.look_at_card(tmp_path, [])
+    assert (found.state, found.remedy) == ("ok", "")
+    assert f"openvino {precision}" in found.fact
 
 
 def test_a_line_says_what_to_do() -> None:
