@@ -30,9 +30,10 @@ from serve.pipeline import Request, segment_volume
 from serve.segmenter import Segmenter
 from unet.card import Card
 from unet.cpu_engine import load_engine
-from unet.errors import command, say
+from unet.errors import UnetError, command, say
 from unet.files import atomic_file, write_json
 from unet.geometry import plan_tiles, predict_tiled
+from unet.rounds import interleave, ratios, timed
 from unet.stack import read_images, read_labels
 
 if TYPE_CHECKING:
@@ -44,23 +45,20 @@ _LARGE = 16384
 _SAMPLE_S = 0.05
 
 
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each of several things, done in turn so that a machine's moods meet them alike."""
-    for run in runs.values():
-        run()
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds):
-        # Whoever comes second would always find the same caches.
-        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
-            started = time.perf_counter()
-            runs[name]()
-            taken[name].append(time.perf_counter() - started)
-    return taken
+class FigureError(UnetError):
+    """A figure that cannot be taken."""
 
 
 def speed_ratio(taken: dict[str, list[float]], of: str, over: str) -> float:
     """How much faster ``of`` is than ``over``: the median of the rounds' ratios."""
-    return statistics.median(b / a for a, b in zip(taken[of], taken[over]))
+    return statistics.median(ratios(taken[over], taken[of]))
+
+
+def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each of several things in each round, after one that is not measured."""
+    subjects = {name: timed(run) for name, run in runs.items()}
+    interleave(subjects, 1)
+    return interleave(subjects, rounds)
 
 
 def against_engine(chosen: Any) -> dict[str, Any]:
@@ -122,6 +120,8 @@ def against_tensorflow(chosen: Any) -> dict[str, Any]:
 
     from unet.scores import score_stack
 
+    if not (chosen.saved_model / "saved_model.pb").exists():
+        raise FigureError(f"{chosen.saved_model} is no SavedModel: name that of a training run with --saved_model")
     network = tf.saved_model.load(str(chosen.saved_model)).signatures["serving_default"]
     pages = slice(*chosen.pages)
     scored = {}
@@ -144,7 +144,7 @@ def against_tensorflow(chosen: Any) -> dict[str, Any]:
             found = np.stack([predict_tiled(image, plan, predict) for image in images])
             tifffile.imwrite(folder / "tensorflow.tif", found, photometric="minisblack")
 
-        taken = interleaved({"client": client, "tensorflow": reference}, max(1, chosen.rounds // 3))
+        taken = interleaved({"client": client, "tensorflow": reference}, chosen.rounds)
         if chosen.labels is not None:
             labels = read_labels(chosen.labels)[pages]
             for who, file in (("client", "part-probability.tif"), ("tensorflow", "tensorflow.tif")):
@@ -226,7 +226,7 @@ def soak(chosen: Any) -> dict[str, Any]:
     with Segmenter(chosen.url, timeout_s=300) as segmenter:
         expected = list(segmenter.segment(images))
     if len({answer.tobytes() for answer in expected}) < len(images):
-        raise AssertionError("two inputs have one answer: swapped ones would go unnoticed")
+        raise FigureError("two inputs have one answer, and swapped ones would go unnoticed: serve a trained network")
     until, lock = time.monotonic() + chosen.seconds, threading.Lock()
     counts = {"answers": 0, "wrong": 0}
     process = psutil.Process()

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,10 @@ from unet.card import Card
 from unet.errors import UnetError, command, say
 from unet.files import atomic_file, write_json
 from unet.processes import child
+from unet.rounds import interleave, ratios
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import numpy.typing as npt
 
@@ -141,27 +143,21 @@ class Comparison:
         """Measure every subject once in each round."""
         self.subjects = {name: Subject(name) for name in self.pythons if name != "gemm"}
         with tqdm(total=rounds * len(self.pythons), unit="subject", disable=None) as bar:
-            for turn in range(rounds):
-                for name in self._order(turn):
-                    bar.set_postfix_str(name)
-                    self._measure(name)
-                    bar.update()
+            interleave({name: partial(self._measure, name, bar) for name in self.pythons}, rounds)
         self._compare_answers()
 
-    def _order(self, turn: int) -> Iterator[str]:
-        """Another first one in each round, so that none is always the one after the slowest."""
-        names = list(self.pythons)
-        first = turn % len(names)
-        yield from names[first:] + names[:first]
-
-    def _measure(self, name: str) -> None:
+    def _measure(self, name: str, bar: Any) -> None:
+        bar.update()
+        bar.set_postfix_str(name)
         subject = self.subjects.get(name)
         if subject is not None and subject.failure:
             return
         try:
             found = call_worker(self.pythons[name], name, self.folder, self.seconds, self.batch_sizes)
         except PeersError as error:
-            if subject is not None:
+            if subject is None:
+                bar.write(f"the matrix product could not be measured: {error}", file=sys.stderr)
+            else:
                 subject.failure = str(error)
             return
         if subject is None:
@@ -184,7 +180,7 @@ class Comparison:
     def speed_up(self, name: str, batch_size: int) -> list[float]:
         """Our engine's rate over a subject's, round by round, sorted."""
         ours, theirs = (self.subjects[one].img_per_s[batch_size] for one in (OURS, name))
-        return sorted(mine / other for mine, other in zip(ours, theirs))
+        return ratios(ours, theirs)
 
 
 def table(comparison: Comparison, gflop: float, precision: str) -> str:
@@ -197,8 +193,8 @@ def table(comparison: Comparison, gflop: float, precision: str) -> str:
             cells = ["not measured"] * 2 * len(sizes) + [subject.failure.replace("|", "/")[:120]]
         else:
             rates = [f"{statistics.median(subject.img_per_s[size]):.2f}" for size in sizes]
-            ratios = [comparison.speed_up(name, size) for size in sizes]
-            spread = [f"{statistics.median(r):.2f} ({r[0]:.2f} to {r[-1]:.2f})" for r in ratios]
+            speed_ups = [comparison.speed_up(name, size) for size in sizes]
+            spread = [f"{statistics.median(r):.2f} ({r[0]:.2f} to {r[-1]:.2f})" for r in speed_ups]
             cells = [*rates, *spread, f"{subject.difference:.1e}"]
         lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
     if comparison.peaks and not comparison.subjects[OURS].failure:

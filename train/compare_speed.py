@@ -22,6 +22,7 @@ from train.config import TrainConfig, parse_config
 from unet.errors import UnetError, command, say
 from unet.files import write_json
 from unet.processes import child
+from unet.rounds import interleave, ratios
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,13 +42,13 @@ class Ratio:
 
     name: str
     unit: str
-    numerators: tuple[float, ...]
-    denominators: tuple[float, ...]
+    numerators: Sequence[float]
+    denominators: Sequence[float]
 
     @property
     def rounds(self) -> list[float]:
         """The ratio in each round."""
-        return sorted(over / under for over, under in zip(self.numerators, self.denominators))
+        return ratios(self.numerators, self.denominators)
 
     @property
     def median(self) -> float:
@@ -60,15 +61,6 @@ class Ratio:
             f"| {self.name} | {over:.4g} / {under:.4g} {self.unit} | {self.median:.3f} | "
             f"{self.rounds[0]:.3f} to {self.rounds[-1]:.3f} |"
         )
-
-
-def interleave(subjects: dict[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Call each subject once in each round, so that a slow moment of the machine meets all; what they returned."""
-    found: dict[str, list[float]] = {name: [] for name in subjects}
-    for _ in range(rounds):
-        for name, subject in subjects.items():
-            found[name].append(subject())
-    return {name: tuple(values) for name, values in found.items()}
 
 
 def our_steps(config: TrainConfig, slices: Sequence[Slice], steps: int) -> Callable[[], float]:
@@ -168,7 +160,7 @@ def throughput(config: TrainConfig, ranks: int, steps: int) -> Callable[[], floa
 
 
 def compare(config: TrainConfig, rounds: int, steps: int) -> list[Ratio]:
-    """All ratios for one configuration, whose global batch is two windows."""
+    """All ratios for one configuration."""
     from train.modes import labelled_slices
 
     slices = labelled_slices(config)
@@ -183,7 +175,7 @@ def compare(config: TrainConfig, rounds: int, steps: int) -> list[Ratio]:
     found = interleave(subjects, rounds)
     shared = dataclasses.replace(config, global_batch_size=2, use_amp=True)
     found |= interleave({f"{ranks} ranks": throughput(shared, ranks, steps) for ranks in (2, 1)}, rounds)
-    scaled = {name: tuple(1e3 * value for value in values) for name, values in found.items()}
+    scaled = {name: [1e3 * value for value in values] for name, values in found.items()}
     return [
         Ratio("our step / Keras fit, float32", "ms", scaled["ours float32"], scaled["Keras float32"]),
         Ratio("our step / Keras fit, bfloat16", "ms", scaled["ours bfloat16"], scaled["Keras bfloat16"]),
@@ -207,12 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen, flags = parser.parse_known_args(argv)
     config = parse_config(["--augment", *flags])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    ratios = compare(config, chosen.rounds, chosen.steps)
+    found = compare(config, chosen.rounds, chosen.steps)
     write_json(
         chosen.out,
         {
             "settings": dataclasses.asdict(config),
-            "ratios": [{**dataclasses.asdict(ratio), "median": ratio.median} for ratio in ratios],
+            "ratios": [{**dataclasses.asdict(ratio), "median": ratio.median} for ratio in found],
         },
     )
     say(
@@ -220,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(os.sched_getaffinity(0))} cores"
     )
     say("| ratio | medians | median ratio | over the rounds |\n|---|---|---:|---|")
-    say("\n".join(map(str, ratios)))
+    say("\n".join(map(str, found)))
     say(f"all figures: {chosen.out}")
     return 0
 

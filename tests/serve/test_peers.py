@@ -73,14 +73,6 @@ def test_a_subject_that_computes_something_else_is_no_peer(tmp_path: Path) -> No
     assert "not measured" in table(made, 1.0, "bf16").splitlines()[2]
 
 
-def test_another_subject_is_first_in_each_round() -> None:
-    made = comparison(engine=[], tensorflow=[], openvino=[])
-    assert [list(made._order(turn)) for turn in range(2)] == [
-        ["engine", "tensorflow", "openvino"],
-        ["tensorflow", "openvino", "engine"],
-    ]
-
-
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(PeersError, match="No such file or directory"):
         call_worker(sys.executable, "onnxruntime", tmp_path, 1.0, [1])

@@ -8,19 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.compare_speed import Ratio, interleave
-
-
-def test_every_round_calls_every_subject_once() -> None:
-    calls: list[str] = []
-
-    def subject(name: str) -> float:
-        calls.append(name)
-        return float(len(calls))
-
-    found = interleave({name: lambda name=name: subject(name) for name in "ab"}, 3)  # type: ignore[misc]
-    assert calls == ["a", "b"] * 3
-    assert found == {"a": (1.0, 3.0, 5.0), "b": (2.0, 4.0, 6.0)}
+from train.compare_speed import Ratio
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
