@@ -87,6 +87,10 @@ install-rtx: install  ## TensorRT-RTX (proprietary), whose builder checks graph 
 v100-report: install  ## on a machine with a V100: build the plan, prove it, measure it (REPORT_FLAGS=)
 	@$(BIN)/python export/gpu_report.py --target v100 $(REPORT_FLAGS)
 
+.PHONY: benchmark
+benchmark: install  ## images per second of what is served, level by level in one run (BENCHMARK_FLAGS=)
+	@$(BIN)/python serve/benchmark.py $(BENCHMARK_FLAGS)
+
 .PHONY: peers-install
 peers-install: .venv-peers/.installed  ## PyTorch for `make peers`, in an environment of its own
 

@@ -1,221 +1,307 @@
-"""Images per second through Triton at batch 1, 8 and 16: ``python serve/benchmark.py``."""
+"""The same tiles by every way, in one interleaved run: ``python serve/benchmark.py`` (``make benchmark``).
+
+The engine alone in this process, Triton by gRPC and by shared memory, NVIDIA's perf_analyzer, and the client from file
+to file. Every level is measured once in each round, another one first each time, so that a slow moment of the machine
+meets all; ratios are taken within a round.
+"""
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
+import platform
+import statistics
 import sys
-import time
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tifffile
+from tqdm import tqdm
 
-from serve.connection import ClientError
-from serve.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, PerfRow
+from serve import benchmark_tables as tables
+from serve.benchmark_rows import SLICE_PX, Row, summarise
+from serve.connection import Connection
+from serve.gpus import run_tool
+from serve.levels import EngineLevel, Infer, Level, Load, PerfAnalyzerLevel, TritonLevel, check_loads
+from serve.meter import Meter
+from serve.perf_analyzer import PerfAnalyzer, PerfAnalyzerError
+from serve.pipeline import Request, segment_volume
 from serve.segmenter import SHARED_MEMORY, Segmenter
-from unet.errors import command, say
-from unet.files import atomic_file, write_json
+from serve.slots import on_this_machine
+from unet.card import CARD_FILE, Card
+from unet.cpu_engine import load_engine
+from unet.errors import UnetError, command, say
+from unet.files import sha256_of, write_json
+from unet.geometry import predict_tiled
+from unet.machine import usable_cores
+from unet.rounds import interleave, ratios, timed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-# The reference document's inference figures, img/s on one V100 16 GB at 572 x 572: (TF-AMP, FP32) by batch size.
-V100_IMG_PER_S: dict[int, tuple[str, str]] = {
-    1: ("62.81", "34.27"),
-    8: ("79.62", "37.09"),
-    16: ("83.33", "out of memory"),
-}
-NOT_MEASURED = "not measured"
-_LEAST_REQUESTS = 3
-# A machine too slow for the wanted number of requests gets this many times the wanted seconds for fewer.
-_PATIENCE = 4
-_HEADINGS = (
-    *("batch", "requests", "img/s", "p50 ms", "p95 ms", "p99 ms"),
-    *("perf_analyzer img/s", "p50 ms", "p95 ms", "p99 ms", "V100 FP16 img/s", "V100 FP32 img/s"),
-)
+    import numpy.typing as npt
+
+ENGINE = EngineLevel.name
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one batch size came to: throughput is images over wall time, latencies are of whole requests."""
-
-    batch_size: int
-    requests: int
-    img_per_s: float
-    mean_ms: float
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    shared_memory: bool
+class BenchmarkError(UnetError):
+    """Something that cannot be measured."""
 
 
-def summarise(batch_size: int, latencies_s: Sequence[float], wall_s: float, shared_memory: bool) -> Row:
-    """The row of a run whose requests took ``latencies_s`` and which lasted ``wall_s``, both in seconds."""
-    p50_ms, p95_ms, p99_ms = (float(value) for value in np.percentile(np.array(latencies_s) * 1e3, (50, 95, 99)))
-    mean_ms = float(np.mean(latencies_s)) * 1e3
-    img_per_s = batch_size * len(latencies_s) / wall_s
-    return Row(batch_size, len(latencies_s), img_per_s, mean_ms, p50_ms, p95_ms, p99_ms, shared_memory)
-
-
-def measure(
-    segmenter: Segmenter, batch_size: int, tile_size: int, *, seconds: float, requests: int, warm_up: int = 2
-) -> Row:
-    """Send batches of random images one after another.
+@contextlib.contextmanager
+def served_engine(artefacts: Path, connection: Connection) -> Iterator[Infer]:
+    """The engine that a server runs, in this process: for a CPU profile the card's, else the plan on the GPU.
 
     Args:
-        segmenter: the connection.
-        batch_size: images in a request.
-        tile_size: rows and columns of an image.
-        seconds: how long to measure, at least; at most four times as long, and three requests.
-        requests: to measure, at least, as far as that time allows.
-        warm_up: requests before, which are not measured.
+        artefacts: folder that the exporter wrote; the served version must be made of it.
+        connection: to the served model.
 
     Raises:
-        ClientError: if the server does not answer or refuses, or does not take such a batch.
+        BenchmarkError: there are no such artefacts, or the server serves others.
+        UnetError: the engine cannot be loaded here.
     """
-    if not 1 <= batch_size <= segmenter.max_batch_size:
-        raise ClientError(f"the model takes batches of 1 to {segmenter.max_batch_size}, not of {batch_size}")
-    shape = (batch_size, 1, tile_size, tile_size)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    with segmenter.slot(shape) as (send, shared):
-        for _ in range(warm_up):
-            send(images)
-        latencies_s: list[float] = []
-        started = now = time.perf_counter()
-        while not _enough(len(latencies_s), requests, now - started, seconds):
-            send(images)
-            latencies_s.append(time.perf_counter() - now)
-            now = time.perf_counter()
-    return summarise(batch_size, latencies_s, now - started, shared)
+    path = artefacts / CARD_FILE
+    if not path.is_file():
+        raise BenchmarkError(f"{path} does not exist: name the served artefacts with --artefacts")
+    parameters = connection.client.get_model_config(connection.model_name).config.parameters
+    if parameters["card_sha256"].string_value != sha256_of(path):
+        raise BenchmarkError(f"{connection.url} does not serve {artefacts}: publish it, or name what it serves")
+    if parameters["profile"].string_value != "cpu":
+        from export.engine_run import PlanRunner
+
+        with PlanRunner(artefacts) as runner:
+            yield runner.infer
+        return
+    yield load_engine(Card.load(artefacts), usable_cores()).infer
 
 
-def _enough(done: int, requests: int, elapsed_s: float, seconds: float) -> bool:
-    if done < min(requests, _LEAST_REQUESTS):
-        return False
-    return elapsed_s >= seconds and (done >= requests or elapsed_s >= _PATIENCE * seconds)
+class Bench:
+    """One run.
 
+    Attributes:
+        not_measured: why a level has no figures, by its name.
+        rows: of every level under every load.
+        stack: a stack from file to file over the same arithmetic by the engine; empty if it was not measured.
+    """
 
-def table(rows: Sequence[Row], others: dict[int, PerfRow | str], tile_size: int) -> str:
-    """The measured rows beside perf_analyzer's and the reference's, as an aligned Markdown table."""
-    lines = [_HEADINGS]
-    for row in rows:
-        other = others.get(row.batch_size)
-        ours = f"{row.img_per_s:.2f}", f"{row.p50_ms:.1f}", f"{row.p95_ms:.1f}", f"{row.p99_ms:.1f}"
-        theirs = (
-            (f"{other.img_per_s:.2f}", f"{other.p50_ms:.1f}", f"{other.p95_ms:.1f}", f"{other.p99_ms:.1f}")
-            if isinstance(other, PerfRow)
-            else (NOT_MEASURED, "", "", "")
-        )
-        v100 = V100_IMG_PER_S.get(row.batch_size) if tile_size == 572 else None
-        lines.append((str(row.batch_size), str(row.requests), *ours, *theirs, *(v100 or (NOT_MEASURED,) * 2)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
-    text = [" | ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
-    rule = "|".join("-" * (width + 1) + ":" for width in widths)
-    ways = sorted({"in shared memory" if row.shared_memory else "over the connection" for row in rows})
-    return "\n".join(
-        [
-            f"Images of {tile_size} x {tile_size} through Triton, one request at a time, pixels {' or '.join(ways)}.",
-            "The V100 columns are another machine's: the reference document measured TensorFlow there, with no server.",
-            "",
-            f"| {text[0]} |",
-            f"|{rule}|",
-            *(f"| {line} |" for line in text[1:]),
+    def __init__(self, chosen: Any) -> None:
+        self.chosen = chosen
+        self.not_measured: dict[str, str] = {}
+        self.rows: list[Row] = []
+        self.stack: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Measure everything.
+
+        Raises:
+            ClientError: the server does not answer or refuses, or does not take such tiles or batches.
+        """
+        chosen = self.chosen
+        loads = [
+            Load(tile, batch, many)
+            for tile in dict.fromkeys(chosen.tile_sizes)
+            for batch in dict.fromkeys(chosen.batch_sizes)
+            for many in dict.fromkeys(chosen.concurrency)
         ]
-    )
+        with contextlib.ExitStack() as stack:
+            connection = Connection(chosen.url, chosen.model_name, "", chosen.timeout_s)
+            stack.callback(connection.close)
+            check_loads(loads, connection.interface(chosen.timeout_s))
+            try:
+                infer = stack.enter_context(served_engine(chosen.artefacts, connection))
+            except UnetError as error:
+                infer = None
+                self.not_measured[ENGINE] = str(error)
+            levels = self._levels(infer)
+            steps = len(loads) * len(levels) * chosen.rounds
+            bar = stack.enter_context(tqdm(total=steps, unit="run", disable=None))
+            for load in loads:
+                self._measure(levels, load, bar)
+            if infer is not None and chosen.slices:
+                bar.set_postfix_str("client")
+                self.stack = self._from_file_to_file(infer)
 
+    def _levels(self, infer: Infer | None) -> list[Level]:
+        chosen = self.chosen
+        where = chosen.url, chosen.model_name, chosen.timeout_s
+        meter = Meter(chosen.url)
+        levels: list[Level] = [] if infer is None else [EngineLevel(infer, meter)]
+        levels.append(TritonLevel(False, *where, meter))
+        # What came down to sending would be the former level once more.
+        shared = chosen.shared_memory == "on" or (chosen.shared_memory == "auto" and on_this_machine(chosen.url))
+        if shared:
+            levels.append(TritonLevel(True, *where, meter))
+        if not chosen.no_perf_analyzer:
+            try:
+                analyzer = PerfAnalyzer(chosen.out)
+            except PerfAnalyzerError as error:
+                self.not_measured[PerfAnalyzerLevel.name] = str(error)
+            else:
+                timeout_s = 2 * chosen.timeout_s
+                levels.append(PerfAnalyzerLevel(analyzer, shared, *where[:2], timeout_s, meter))
+        return levels
 
-def _second_opinion(
-    url: str, model: str, tile_size: int, rows: Sequence[Row], out: Path, timeout_s: float
-) -> dict[int, PerfRow | str]:
-    """perf_analyzer's row for each of ours, or why there is none."""
-    found: dict[int, PerfRow | str] = {}
-    try:
-        analyzer = PerfAnalyzer(out)
-    except PerfAnalyzerError as error:
-        return dict.fromkeys((row.batch_size for row in rows), str(error))
-    for row in rows:
-        try:
-            # Its windows are three at least: together they take about as long as ours.
-            found[row.batch_size] = analyzer.measure(
-                url,
-                model,
-                row.batch_size,
-                tile_size,
-                requests=max(3, row.requests // 3),
-                shared_memory=row.shared_memory,
-                timeout_s=timeout_s,
+    def _measure(self, levels: Sequence[Level], load: Load, bar: Any) -> None:
+        seconds = self.chosen.seconds / self.chosen.rounds
+        failures: dict[str, str] = {}
+
+        def measure(level: Level) -> Any:
+            bar.set_postfix_str(f"{level.name}, tile {load.tile_size}, batch {load.batch_size}")
+            bar.update()
+            if level.name in failures:
+                return None
+            try:
+                return level.measure(load, seconds)
+            except PerfAnalyzerError as error:  # a second opinion, without which the others still count
+                failures[level.name] = str(error)
+                return None
+
+        found = interleave({level.name: partial(measure, level) for level in levels}, self.chosen.rounds)
+        for name, reason in failures.items():
+            self.not_measured[f"{name}, tile {load.tile_size}, batch {load.batch_size}"] = reason
+        self.rows += [summarise(name, load, samples) for name, samples in found.items() if name not in failures]
+
+    def _from_file_to_file(self, infer: Infer) -> dict[str, Any]:
+        """A stack by the client, from file to file, over the same tiles by the engine on arrays in memory."""
+        chosen = self.chosen
+        images = np.random.default_rng(0).integers(0, 256, (chosen.slices, SLICE_PX, SLICE_PX), np.uint8)
+        with (
+            tempfile.TemporaryDirectory() as name,
+            Segmenter(
+                chosen.url, chosen.model_name, timeout_s=chosen.timeout_s, shared_memory=chosen.shared_memory
+            ) as segmenter,
+        ):
+            source = Path(name) / "stack.tif"
+            tifffile.imwrite(source, images, photometric="minisblack")
+            plan = segmenter.plan(SLICE_PX, SLICE_PX)
+
+            def client() -> None:
+                segment_volume(segmenter, source, Request(overwrite=True, quiet=True))
+
+            def predict(tiles: npt.NDArray[Any]) -> npt.NDArray[Any]:
+                return infer(tiles[:, np.newaxis])[:, 0]
+
+            def engine() -> None:
+                for image in images:
+                    predict_tiled(image, plan, predict)
+
+            subjects = {"client": timed(client), ENGINE: timed(engine)}
+            interleave(subjects, 1)
+            taken = interleave(subjects, chosen.rounds)
+        return {
+            "slices": chosen.slices,
+            "tile_size": plan.tile_size,
+            "tiles_per_slice": len(plan),
+            **{f"{who}_slices_per_s": chosen.slices / statistics.median(each) for who, each in taken.items()},
+            "client_over_engine": ratios(taken[ENGINE], taken["client"]),
+        }
+
+    def report(self) -> str:
+        """Everything that was found, as Markdown."""
+        rows, loads = self.rows, tables.loads_of(self.rows)
+        parts = [
+            f"Images through {self.chosen.model_name} on {machine()}, "
+            f"{self.chosen.rounds} rounds, {self.chosen.seconds:g} s for each cell.",
+            "The V100 columns are another machine's: the reference document measured TensorFlow there, with no server.",
+            tables.throughput_table(rows),
+        ]
+        if self.stack:
+            each = self.stack["client_over_engine"]
+            parts.append(
+                f"A stack of {self.stack['slices']} slices of {SLICE_PX} x {SLICE_PX} from file to file by the client: "
+                f"{self.stack['client_slices_per_s']:.2f} slices/s, by the engine on arrays in memory "
+                f"{self.stack['engine_slices_per_s']:.2f}; ratio {statistics.median(each):.3f} "
+                f"({each[0]:.3f}-{each[-1]:.3f}), {self.stack['tiles_per_slice']} tile of {self.stack['tile_size']} "
+                "for a slice."
             )
-        except PerfAnalyzerError as error:
-            found[row.batch_size] = str(error)
-    return found
+        if ENGINE in tables.levels_of(rows):
+            parts += ["Over the engine alone, round by round:", tables.ratio_table(rows, ENGINE)]
+        parts += ["Where the time goes:", tables.latency_table(rows)]
+        if any(load[0] == tables.V100_TILE for load in loads):
+            parts += ["On a V100:", tables.v100_table(rows, gpu_name())]
+        parts += tables.refusals(rows)
+        parts += [f"{tables.NOT_MEASURED}: {name}: {reason}" for name, reason in self.not_measured.items()]
+        return "\n\n".join(parts)
+
+    def write(self, text: str) -> None:
+        """Write Markdown, CSV, JSON and charts."""
+        out = self.chosen.out
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.chosen).items()}
+        values = {
+            "settings": settings,
+            "machine": machine(),
+            "rows": [{**asdict(row), "slices_per_s": row.slices_per_s} for row in self.rows],
+            "stack": self.stack,
+            "not_measured": self.not_measured,
+            "reference_v100_another_machine": {
+                str(size): {"tf_amp_img_per_s": half, "fp32_img_per_s": single}
+                for size, (half, single) in tables.V100_IMG_PER_S.items()
+            },
+        }
+        tables.write_csv(out / "benchmark.csv", self.rows)
+        tables.draw(out, self.rows)
+        (out / "benchmark.md").write_text(text + "\n", encoding="utf-8")
+        write_json(out / "benchmark.json", values)
 
 
-def _write(out: Path, rows: Sequence[Row], others: dict[int, PerfRow | str], text: str, settings: Any) -> None:
-    """Write the table as Markdown, CSV and JSON."""
-    reference = {
-        str(size): {"tf_amp_img_per_s": amp, "fp32_img_per_s": single} for size, (amp, single) in V100_IMG_PER_S.items()
-    }
-    second = [asdict(other) for other in others.values() if isinstance(other, PerfRow)]
-    lines = [{"source": "unet", **asdict(row)} for row in rows] + [{"source": "perf_analyzer", **row} for row in second]
-    with atomic_file(out / "benchmark.csv") as aside, aside.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(lines[0]), restval=NOT_MEASURED)
-        writer.writeheader()
-        writer.writerows(lines)
-    with atomic_file(out / "benchmark.md") as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
-    values = {
-        "settings": settings,
-        "rows": [asdict(row) for row in rows],
-        "perf_analyzer": second,
-        "not_measured": {str(size): other for size, other in others.items() if isinstance(other, str)},
-        "reference_v100_another_machine": reference,
-    }
-    write_json(out / "benchmark.json", values)
+def gpu_name() -> str:
+    """The first GPU of this machine, empty if there is none."""
+    said = run_tool("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return said.splitlines()[0].strip() if said and said.strip() else ""
+
+
+def machine() -> str:
+    """What this ran on, in words."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return ", ".join(filter(None, (f"{usable_cores()} cores of {cpu}", gpu_name())))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="serve/benchmark.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="serve/benchmark.py",
+        description="Images per second and latencies of a served model, level by level, in one interleaved run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC")
     parser.add_argument("--model_name", default="unet", help="the served model")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 16], help="images in a request")
-    parser.add_argument("--tile_size", type=int, default=572, help="rows and columns of an image")
-    parser.add_argument("--seconds", type=float, default=8, help="how long to measure each batch size")
     parser.add_argument(
-        "--requests", type=int, default=8, help=f"to measure even if they take up to {_PATIENCE} times as long"
+        "--artefacts", type=Path, default=Path("artefacts"), help="what is served, for the engine alone"
+    )
+    parser.add_argument("--tile_sizes", type=int, nargs="+", default=[572], help="rows and columns of an image")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 16], help="images in a request")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1], help="requests at a time")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that the levels take")
+    parser.add_argument("--seconds", type=float, default=6, help="for each level under each load, all rounds together")
+    parser.add_argument(
+        "--slices", type=int, default=15, help="of 512 x 512, in the stack that goes from file to file; 0 for none"
     )
     parser.add_argument("--timeout_s", type=float, default=300, help="longest wait for an answer")
     parser.add_argument("--shared_memory", choices=SHARED_MEMORY, default="auto", help="with a server on this machine")
-    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for the tables")
+    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for tables and charts")
     parser.add_argument("--no-perf_analyzer", action="store_true", help="leave perf_analyzer's rows out")
     return parser
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print the table."""
+    """Measure, print and keep."""
     parser = _parser()
     chosen = parser.parse_args(argv)
-    if chosen.seconds <= 0 or chosen.requests < 1:
-        parser.error("--seconds must be positive, --requests at least 1")
-    url, model, tile_size = chosen.url, chosen.model_name, chosen.tile_size
-    with Segmenter(url, model, timeout_s=chosen.timeout_s, shared_memory=chosen.shared_memory) as segmenter:
-        rows = [
-            measure(segmenter, size, tile_size, seconds=chosen.seconds, requests=chosen.requests)
-            for size in dict.fromkeys(chosen.batch_sizes)
-        ]
-    others: dict[int, PerfRow | str] = {}
-    if not chosen.no_perf_analyzer:
-        others = _second_opinion(url, model, tile_size, rows, chosen.out, timeout_s=2 * chosen.timeout_s)
-    text = table(rows, others, tile_size)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(chosen).items()}
-    _write(chosen.out, rows, others, text, settings)
+    if chosen.seconds <= 0 or min(chosen.rounds, *chosen.concurrency) < 1 or chosen.slices < 0:
+        parser.error("--seconds must be positive, --rounds and --concurrency at least 1, --slices not negative")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(chosen)
+    bench.run()
+    text = bench.report()
+    bench.write(text)
     say(text)
-    for reason in dict.fromkeys(other for other in others.values() if isinstance(other, str)):
-        say(f"{NOT_MEASURED}: {reason}")
     return 0
 
 

@@ -1,7 +1,5 @@
 """The client's figures, each a ratio of one interleaved run: ``python serve/figures.py WHAT``.
 
-``engine``: images per second through Triton over those of the same engine alone in this process.
-``stack``: a stack from file to file over the engine on arrays that are in memory already.
 ``tensorflow``: the same stack over a TensorFlow loop that predicts tiles of 572, as the reference does.
 ``memory``: the client's resident memory over the number of slices, and for slices of 16k x 16k, with its curve.
 ``soak``: many clients at once; every answer is checked against its own input.
@@ -28,8 +26,6 @@ import tifffile
 
 from serve.pipeline import Request, segment_volume
 from serve.segmenter import Segmenter
-from unet.card import Card
-from unet.cpu_engine import load_engine
 from unet.errors import UnetError, command, say
 from unet.files import atomic_file, write_json
 from unet.geometry import plan_tiles, predict_tiled
@@ -59,59 +55,6 @@ def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
     subjects = {name: timed(run) for name, run in runs.items()}
     interleave(subjects, 1)
     return interleave(subjects, rounds)
-
-
-def against_engine(chosen: Any) -> dict[str, Any]:
-    """Images per second through Triton, with as many requests in flight as the client keeps, over the engine's."""
-    engine = load_engine(Card.load(chosen.artefacts))
-    found: dict[str, Any] = {}
-    for batch_size in (1, 8, 16):
-        tiles = np.random.default_rng(0).integers(0, 256, (batch_size, 1, _TILE, _TILE), np.uint8)
-        count = max(2, 16 // batch_size)
-        # One slice whose plan has that many tiles of 572, so that a request has a whole batch.
-        plan = plan_tiles(384, 384 * batch_size * count, _TILE)
-        image = np.random.default_rng(0).integers(0, 256, (plan.height, plan.width), np.uint8)
-        with Segmenter(chosen.url, timeout_s=300, batch_size=batch_size) as segmenter:
-            segmenter.tile_sizes = (_TILE,)
-
-            def through_triton(segmenter: Segmenter = segmenter, image: npt.NDArray[Any] = image) -> None:
-                segmenter.segment_slice(image)
-
-            def alone(tiles: npt.NDArray[Any] = tiles, count: int = count) -> None:
-                for _ in range(count):
-                    engine.infer(tiles)
-
-            taken = interleaved({"triton": through_triton, "engine": alone}, chosen.rounds)
-        images = len(plan)
-        found[str(batch_size)] = {
-            "tiles": images,
-            "triton_img_per_s": images / statistics.median(taken["triton"]),
-            "engine_img_per_s": batch_size * count / statistics.median(taken["engine"]),
-            "ratio": speed_ratio(taken, "triton", "engine") * images / (batch_size * count),
-        }
-    return found
-
-
-def against_bare_engine(chosen: Any) -> dict[str, Any]:
-    """A stack from file to file over the same tiles by the engine, pixels in memory, nothing written."""
-    engine, images = load_engine(Card.load(chosen.artefacts)), read_images(chosen.images)
-    with tempfile.TemporaryDirectory() as name, Segmenter(chosen.url, timeout_s=300) as segmenter:
-        plan = segmenter.plan(*images.shape[1:])
-
-        def client() -> None:
-            segment_volume(segmenter, chosen.images, Request(folder=Path(name), overwrite=True, quiet=True))
-
-        def bare() -> None:
-            for image in images:
-                predict_tiled(image, plan, lambda tiles: engine.infer(tiles[:, np.newaxis])[:, 0])
-
-        taken = interleaved({"client": client, "engine": bare}, chosen.rounds)
-    return {
-        "slices": len(images),
-        "client_slices_per_s": len(images) / statistics.median(taken["client"]),
-        "engine_slices_per_s": len(images) / statistics.median(taken["engine"]),
-        "ratio": speed_ratio(taken, "client", "engine"),
-    }
 
 
 def against_tensorflow(chosen: Any) -> dict[str, Any]:
@@ -259,8 +202,6 @@ def soak(chosen: Any) -> dict[str, Any]:
 
 
 _FIGURES = {
-    "engine": against_engine,
-    "stack": against_bare_engine,
     "tensorflow": against_tensorflow,
     "memory": memory,
     "soak": soak,
@@ -275,9 +216,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=_FIGURES)
     parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC")
-    parser.add_argument(
-        "--artefacts", type=Path, default=Path("artefacts"), help="what is served, for `engine`, `stack`"
-    )
     parser.add_argument("--saved_model", type=Path, default=Path("result/saved_model"), help="for `tensorflow`")
     parser.add_argument("--images", type=Path, default=Path("data/train-volume.tif"), help="a stack")
     parser.add_argument("--labels", type=Path, help="its labels, to compare scores in `tensorflow`")

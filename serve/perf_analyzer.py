@@ -24,6 +24,12 @@ _UNSTABLE = 2
 _STABILITY_PERCENT = (40, 80)
 _MOST_WINDOWS = 6
 _SHARED_MEMORY = "/dev/shm/"
+# Of its report, as tritonclient 2.50 brings it.
+COLUMNS = (
+    *("Concurrency", "Inferences/Second", "Client Send", "Network+Server Send/Recv", "Server Queue"),
+    *("Server Compute Input", "Server Compute Infer", "Server Compute Output", "Client Recv"),
+    *("p50 latency", "p90 latency", "p95 latency", "p99 latency"),
+)
 
 
 class PerfAnalyzerError(UnetError):
@@ -32,13 +38,22 @@ class PerfAnalyzerError(UnetError):
 
 @dataclass(frozen=True)
 class PerfRow:
-    """One row of its report: what it calls inferences are images; latencies are of requests, in milliseconds."""
+    """One row of its report.
 
-    batch_size: int
-    img_per_s: float
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
+    Attributes:
+        columns: by its own names, see `COLUMNS`; latencies are of requests, in microseconds.
+    """
+
+    columns: dict[str, float]
+
+    @property
+    def img_per_s(self) -> float:
+        """Images a second, which it calls inferences."""
+        return self.columns["Inferences/Second"]
+
+    def ms(self, name: str) -> float:
+        """A column of microseconds in milliseconds."""
+        return self.columns[name] / 1e3
 
 
 class PerfAnalyzer:
@@ -77,9 +92,10 @@ class PerfAnalyzer:
         *,
         requests: int,
         shared_memory: bool,
+        concurrency: int = 1,
         timeout_s: float = 600.0,
     ) -> PerfRow:
-        """Measure one batch size with one request at a time.
+        """Measure one batch size.
 
         Three of its windows must agree within 40 %, or, on a second try, within 80 %.
 
@@ -90,6 +106,7 @@ class PerfAnalyzer:
             tile_size: rows and columns of an image.
             requests: in each of its measurement windows.
             shared_memory: whether images travel in system shared memory.
+            concurrency: requests at a time.
             timeout_s: longest run.
 
         Raises:
@@ -97,8 +114,9 @@ class PerfAnalyzer:
         """
         report = self._reports / f"perf_analyzer-batch{batch_size}.csv"
         words = [str(self._program), "-m", model_name, "-u", url, "-i", "grpc", "-b", str(batch_size)]
-        words += ["--shape", f"image:1,{tile_size},{tile_size}", "--input-data", "random", "--concurrency-range", "1"]
-        words += ["--measurement-mode", "count_windows", "--measurement-request-count", str(requests)]
+        words += ["--shape", f"image:1,{tile_size},{tile_size}", "--input-data", "random"]
+        words += ["--concurrency-range", str(concurrency), "--measurement-mode", "count_windows"]
+        words += ["--measurement-request-count", str(requests)]
         words += ["--max-trials", str(_MOST_WINDOWS), "-f", str(report)]
         if shared_memory:
             size = batch_size * output_size(tile_size) ** 2 * 2
@@ -113,7 +131,7 @@ class PerfAnalyzer:
             tail = "\n".join(said.strip().splitlines()[-8:])
             reason = "saw no stable measurement" if code == _UNSTABLE else "failed"
             raise PerfAnalyzerError(f"perf_analyzer {reason} at batch {batch_size}; the end of its output is:\n{tail}")
-        return read_report(report, batch_size)
+        return read_report(report)
 
     def _run(self, words: list[str], timeout_s: float) -> tuple[int, str]:
         """Its exit code and what it said."""
@@ -170,12 +188,15 @@ def _segments_of(pid: int) -> list[Path]:
     return [Path(path) for path in paths if not path.endswith("(deleted)")]
 
 
-def read_report(path: Path, batch_size: int) -> PerfRow:
-    """The one row of a report with one concurrency."""
+def read_report(path: Path) -> PerfRow:
+    """The one row of a report with one concurrency.
+
+    Raises:
+        PerfAnalyzerError: it has other columns.
+    """
     with path.open(newline="", encoding="utf-8") as stream:
-        row = next(csv.DictReader(stream))
-    return PerfRow(
-        batch_size,
-        float(row["Inferences/Second"]),
-        *(float(row[f"p{percent} latency"]) / 1000 for percent in (50, 95, 99)),
-    )
+        row = next(csv.DictReader(stream), {})
+    try:
+        return PerfRow({name: float(row[name]) for name in COLUMNS})
+    except (KeyError, ValueError) as error:
+        raise PerfAnalyzerError(f"{path} is not what perf_analyzer of tritonclient 2.50 writes: {error!r}") from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from serve.benchmark_rows import lone_rows
 from serve.pipeline import open_volume, window_for
 from unet.card import CARD_FILE
 from unet.errors import UnetError, command, say
@@ -123,17 +124,21 @@ def score_section(scores: StackScores, described: str) -> str:
 
 def speed_section(benchmark: dict[str, Any]) -> str:
     """Throughput and latency of ``serve/benchmark.py``'s JSON, as charts."""
-    rows = benchmark["rows"]
-    sizes = [f"batch {row['batch_size']}" for row in rows]
-    throughput = {"our client": [row["img_per_s"] for row in rows]}
-    second = {row["batch_size"]: row["img_per_s"] for row in benchmark.get("perf_analyzer", [])}
-    if all(row["batch_size"] in second for row in rows):
-        throughput["perf_analyzer"] = [second[row["batch_size"]] for row in rows]
+    rows = lone_rows(benchmark)
+    if not rows:
+        return "<h2>Speed</h2><p>Something else was running: no row of the benchmark is to be believed.</p>"
+    side, sizes = rows[0]["tile_size"], [row["batch_size"] for row in rows]
+    throughput: dict[str, list[float]] = {}
+    for row in benchmark["rows"]:
+        if row["tile_size"] == side and row["concurrency"] == 1 and row["batch_size"] in sizes and not row["refused"]:
+            throughput.setdefault(row["level"], []).append(row["img_per_s"])
+    whole = {level: rates for level, rates in throughput.items() if len(rates) == len(sizes)}
     latency = {name: [row[f"{name}_ms"] for row in rows] for name in ("p50", "p95", "p99")}
-    side = benchmark["settings"].get("tile_size", "")
+    names = [f"batch {size}" for size in sizes]
     return (
-        f"<h2>Speed</h2><p>Images of {side} x {side} through Triton, one request at a time.</p><div class='side'>"
-        f"{chart('images per second', sizes, throughput, 'img/s')}{chart('latency, ms', sizes, latency, 'ms')}</div>"
+        f"<h2>Speed</h2><p>Images of {side} x {side}, one request at a time.</p><div class='side'>"
+        f"{chart('images per second', names, whole, 'img/s')}"
+        f"{chart('latency through Triton, ms', names, latency, 'ms')}</div>"
     )
 
 

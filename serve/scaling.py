@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from serve.benchmark_rows import lone_rows
 from unet.errors import UnetError, command, say
 from unet.files import write_json
 from unet.geometry import output_size
@@ -53,7 +54,7 @@ class ServiceTimes:
         """
         measured = {int(row["batch_size"]): [row[f"{name}_ms"] / 1e3 for name in ("p50", "p95", "p99")] for row in rows}
         if not measured:
-            raise ScalingError("the benchmark has no rows: run serve/benchmark.py again")
+            raise ScalingError("the benchmark has no row to go by: run serve/benchmark.py again, on an idle machine")
         sizes = tuple(sorted(measured))
         return cls(sizes, tuple((measured[n][0], *measured[n], measured[n][2]) for n in sizes))
 
@@ -169,13 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(chosen.rates) <= 0 or chosen.p99_ms <= 0 or chosen.terabytes <= 0:
         parser.error("--rates, --p99_ms and --terabytes must be positive")
     try:
-        record = json.loads(chosen.benchmark.read_text(encoding="utf-8"))
-        rows, tile_size = record["rows"], int(record["settings"]["tile_size"])
+        rows = lone_rows(json.loads(chosen.benchmark.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScalingError(
             f"{chosen.benchmark} is not what serve/benchmark.py writes ({error}): run that first, or name --benchmark"
         ) from error
-    times = ServiceTimes.from_rows(rows)
+    times, tile_size = ServiceTimes.from_rows(rows), int(rows[0]["tile_size"])
     best = max(float(row["img_per_s"]) for row in rows)
     needs = [servers_needed(times, rate, chosen.p99_ms / 1e3) for rate in chosen.rates]
     hours = volume_hours(best, tile_size, chosen.terabytes * 1e12)

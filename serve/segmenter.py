@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,8 @@ from unet.intensity import Window, to_uint8
 
 if TYPE_CHECKING:
     from serve.connection import Interface
-    from serve.slots import Shape, Slot
     from unet.geometry import Tile
 
-Send = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float16]]
 SHARED_MEMORY = ("auto", "on", "off")
 VIEWS = 8
 # A float16 of at most 1 is a whole multiple of this, so that sums of them are exact and their order does not matter.
@@ -158,34 +155,6 @@ class Segmenter:
     def plan(self, height: int, width: int) -> TilePlan:
         """The cheapest cover of a slice that the served model allows."""
         return plan_tiles(height, width, cheapest_tile_size(height, width, self.tile_sizes))
-
-    @contextlib.contextmanager
-    def slot(self, shape: Shape) -> Iterator[tuple[Send, bool]]:
-        """A function that sends one batch of tiles of ``shape`` [N, 1, S, S] and waits; and whether memory is shared.
-
-        The function takes uint8 [N, 1, S, S] and gives float16 [N, 1, S - 184, S - 184], the probability of "not
-        membrane", valid until the next call. It sends nothing twice.
-
-        Raises:
-            ClientError: if the server does not answer or refuses.
-        """
-        slot = self._dispatcher.make_slots(1, shape)[0]
-        try:
-            yield lambda tiles: self._send(slot, tiles), slot.shared
-        finally:
-            slot.close()
-
-    def _send(self, slot: Slot, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
-        if slot.spent:
-            raise ClientError("a former request failed in this slot: open another")
-        slot.images[...] = tiles
-        connection = slot.connection
-        try:
-            answer = connection.infer(*slot.tensors(connection.grpc, len(tiles)))
-        except BaseException:
-            slot.spent = True
-            raise
-        return slot.outputs(answer, len(tiles))
 
     def segment_slice(self, image: npt.NDArray[Any], window: Window | None = None) -> npt.NDArray[np.float32]:
         """The probability of "not membrane" of one slice: uint8 [H, W] to float32 [H, W].

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
+from serve.meter import ServerCounts, cpu_s
 from serve.repository import ModelSettings, publish
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
@@ -149,7 +150,8 @@ def _load(server: TritonServer, model: str, clients: int, tile_size: int, second
     threads = [threading.Thread(target=run) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    before, cpu_s = _counts(url, model), _cpu_s(server)
+    process = psutil.Process(server.pid)
+    before, cpu_before_s = _counts(url, model), cpu_s(process)
     begin.wait()
     started = time.perf_counter()
     end.wait(seconds)
@@ -157,30 +159,21 @@ def _load(server: TritonServer, model: str, clients: int, tile_size: int, second
     for thread in threads:
         thread.join()
     wall_s = time.perf_counter() - started
-    cpu_s = _cpu_s(server) - cpu_s
+    taken_s = cpu_s(process) - cpu_before_s
     if failures:
         raise TrialError(f"a request failed while {clients} clients asked: {failures[0]}")
-    images, passes, requests, queue_ns = (after - then for after, then in zip(_counts(url, model), before))
+    counts = _counts(url, model).since(before)
     p50_ms, p99_ms = (float(value) for value in np.percentile(latencies_ms, (50, 99)))
     rate = len(latencies_ms) / wall_s
-    return Load(clients, rate, p50_ms, p99_ms, queue_ns / requests / 1e6, images / passes, cpu_s / images * 1e3)
+    queue_ms, batch = counts.queue_ns / counts.requests / 1e6, counts.images / counts.passes
+    return Load(clients, rate, p50_ms, p99_ms, queue_ms, batch, taken_s / counts.images * 1e3)
 
 
-def _cpu_s(server: TritonServer) -> float:
-    """What the server and the python backend's processes have computed so far."""
-    process = psutil.Process(server.pid)
-    times = [each.cpu_times() for each in (process, *process.children())]
-    return float(sum(each.user + each.system for each in times))
-
-
-def _counts(url: str, model: str) -> tuple[int, int, int, int]:
-    """Images, passes of the engine, requests and the nanoseconds that they waited, as the server counts them."""
+def _counts(url: str, model: str) -> ServerCounts:
     from tritonclient import grpc
 
     with grpc.InferenceServerClient(url) as client:
-        counts = client.get_inference_statistics(model).model_stats[0]
-    queue = counts.inference_stats.queue
-    return int(counts.inference_count), int(counts.execution_count), int(queue.count), int(queue.ns)
+        return ServerCounts.read(client, model)
 
 
 def row(trial: Trial, load: Load) -> str:

@@ -222,7 +222,8 @@ class Demo:
         """Images per second through Triton, by our client and by perf_analyzer."""
         self.run(
             "benchmark",
-            *("python", "serve/benchmark.py", "--url", url, "--out", self.out / "benchmark"),
+            *("python", "serve/benchmark.py", "--url", url, "--artefacts", self.artefacts),
+            *("--out", self.out / "benchmark"),
             *("--batch_sizes", *(str(size) for size in self.batch_sizes)),
         )
 

@@ -222,16 +222,6 @@ def test_after_a_deadline_the_next_answer_is_right(odd_url: str, shared_memory: 
         assert segmenter.uses_shared_memory == (shared_memory == "on")
 
 
-def test_a_slot_is_not_used_again_after_a_deadline(odd_url: str) -> None:
-    tiles = np.full((1, 1, 204, 204), 255, np.uint8)
-    with Segmenter(odd_url, "slow", timeout_s=0.5) as segmenter, segmenter.slot((1, 1, 204, 204)) as (send, shared):
-        assert shared
-        with pytest.raises(ClientError, match="gave no answer"):
-            send(tiles)
-        with pytest.raises(ClientError, match="open another"):
-            send(tiles)
-
-
 def test_forgotten_shared_memory_is_made_known_again(url: str) -> None:
     """As after perf_analyzer, which has the server forget everyone's."""
     import tritonclient.grpc as grpc

@@ -17,7 +17,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from serve.report import chart, main
+from serve.report import chart, main, speed_section
 
 RNG = np.random.default_rng(4)
 
@@ -31,12 +31,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = np.clip(labels * 0.6 + np.arange(3)[:, None, None] * 40, 0, 255).astype(np.uint8)
     for name, pixels in (("images", images), ("labels", labels), ("found", (labels / 255).astype(np.float32))):
         tifffile.imwrite(folder / f"{name}.tif", pixels, photometric="minisblack")
-    row = {"img_per_s": 30.0, "p50_ms": 30.0, "p95_ms": 40.0, "p99_ms": 41.0}
-    benchmark = {
-        "settings": {"tile_size": 572},
-        "rows": [{"batch_size": size, **row} for size in (1, 8, 16)],
-        "perf_analyzer": [{"batch_size": size, **row} for size in (1, 8, 16)],
-    }
+    row = {"concurrency": 1, "refused": "", "tile_size": 572}
+    row |= {"img_per_s": 30.0, "p50_ms": 30.0, "p95_ms": 40.0, "p99_ms": 41.0}
+    levels = ("engine", "shared memory")
+    benchmark = {"rows": [{"level": one, "batch_size": size, **row} for one in levels for size in (1, 8, 16)]}
     (folder / "benchmark.json").write_text(json.dumps(benchmark))
     entry = {"file": "model.onnx", "sha256": "ab" * 32, "created": "now", "command": "python <export>"}
     card = {"model": {"base_filters": 16}, "tile_sizes": [572], "engine": None, "artefacts": {"onnx": entry}}
@@ -120,8 +118,13 @@ def test_a_probability_of_another_stack_is_refused(tmp_path: Path, capsys: pytes
     assert "is not of" in capsys.readouterr().err
 
 
+def test_a_benchmark_of_refused_rows_draws_nothing() -> None:
+    row = {"level": "gRPC", "concurrency": 1, "tile_size": 572, "batch_size": 1, "refused": "another load"}
+    assert "no row of the benchmark is to be believed" in speed_section({"rows": [row]})
+
+
 def test_another_benchmark_is_one_sentence(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (page.parent / "other.json").write_text('{"rows": []}')
+    (page.parent / "other.json").write_text("{}")
     line = ["--images", page.parent / "images.tif", "--probability", page.parent / "found.tif"]
     assert main([*map(str, line), "--benchmark", str(page.parent / "other.json")]) == 2
     assert "other.json is not what serve/benchmark.py writes" in capsys.readouterr().err

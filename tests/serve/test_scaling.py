@@ -71,9 +71,11 @@ def test_a_terabyte_by_hand() -> None:
 
 def test_the_command(project_root: Path, tmp_path: Path) -> None:
     line = [sys.executable, "serve/scaling.py", "--out", str(tmp_path / "scaling.json"), "--rates", "5", "50"]
-    rows = [{"batch_size": 1, "img_per_s": 20.0, "p50_ms": 50.0, "p95_ms": 60.0, "p99_ms": 80.0}]
+    row = {"level": "gRPC", "concurrency": 1, "tile_size": 572, "batch_size": 1}
+    row |= {"img_per_s": 20.0, "p50_ms": 50.0, "p95_ms": 60.0, "p99_ms": 80.0}
+    records = [{}, {"rows": [{**row, "refused": "noise"}]}, {"rows": [{**row, "refused": ""}]}]
     record = tmp_path / "benchmark.json"
-    for text, code in (("{}", 2), (json.dumps({"rows": rows, "settings": {"tile_size": 572}}), 0)):
+    for text, code in zip(map(json.dumps, records), (2, 2, 0)):
         record.write_text(text)
         done = subprocess.run(
             [*line, "--benchmark", str(record)], cwd=project_root, capture_output=True, text=True, check=False
