@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    import tensorrt
     from numpy.typing import NDArray
 
 BATCH_SIZES = (1, 8, 16)
@@ -115,7 +116,7 @@ class PlanRunner:
         card = Card.load(artefacts)
         path, entry = card.verify("plan"), card.artefacts["plan"]
         trt, here = load_library("tensorrt"), gpu()
-        check_fit(entry.facts, entry.versions.get("tensorrt", "an unknown release"), here, str(trt.__version__))
+        check_fit(entry.facts, entry.versions.get("tensorrt", "an unknown release"), here, trt.__version__)
         self._cuda, self._log = _driver(), BuildLog()
         self.tile_sizes, self.max_batch_size = card.tile_sizes, int(entry.facts["profiles"][0][2][0])
         self._context = self._cuda.Device(0).retain_primary_context()
@@ -129,7 +130,7 @@ class PlanRunner:
             self.close()
             raise
 
-    def _load(self, runtime: Any, path: Path) -> None:
+    def _load(self, runtime: tensorrt.Runtime, path: Path) -> None:
         """Load the plan and give its tensors memory for the largest batch of the largest tile."""
         self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
