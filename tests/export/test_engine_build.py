@@ -124,9 +124,14 @@ def test_the_published_size_is_built_in_seconds(
 ) -> None:
     from export.half_precision import to_half
     from export.to_onnx import convert
+    from serve.peers import convolution_gflop
 
     random_saved_model(tmp_path / "saved_model", 64)
-    write_model(to_half(convert(tmp_path / "saved_model")), tmp_path / "model.fp16.onnx")
+    single = convert(tmp_path / "saved_model")
+    write_model(single, tmp_path / "model.onnx")
+    # By hand, of the published network.
+    assert convolution_gflop(tmp_path / "model.onnx", 572) == pytest.approx(300.86, abs=0.005)
+    write_model(to_half(single), tmp_path / "model.fp16.onnx")
     started = time.perf_counter()
     settings = BuildSettings(SERVED, compute_capabilities=GPUS)
     plan = build_plan(rtx, tmp_path / "model.fp16.onnx", settings, BuildLog())
