@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from export.graph import INPUT
 from export.pipeline import HALF_FILE
-from export.provenance import shell, versions
+from export.provenance import shell, versions, write_card
 from export.targets import TARGETS, Target
 from export.trtexec import BATCHES, PLAN, write_script
 from unet.card import Card
@@ -28,7 +28,7 @@ from unet.errors import UnetError, command, say
 from unet.files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Protocol
 
     import tensorrt
@@ -325,29 +325,49 @@ def build_into(artefacts: Path, target_name: str, settings: BuildSettings | None
     settings = settings or BuildSettings(
         tuple(Profile(size) for size in card.tile_sizes), timing_cache=artefacts.resolve().with_suffix(".timing")
     )
-    path, log = artefacts / PLAN, BuildLog()
+    log = BuildLog()
     started = time.perf_counter()
     try:
         plan = build_plan(trt, model, settings, log)
         inspection = inspect_plan(trt, plan, log)
     finally:
         (artefacts / BUILD_LOG).write_text(str(log), encoding="utf-8")
-    for file, content in ((path, plan), (artefacts / INSPECTION, inspection.encode())):
-        with atomic_file(file) as aside:
-            aside.write_bytes(content)
-    write_script(artefacts, HALF_FILE, card.tile_sizes)
-    card.record(
-        "plan",
-        path,
-        "onnx_fp16",
+    return keep_plan(
+        card,
+        plan,
+        inspection,
         shell("python", "export/engine_build.py", "--artefacts", ".", "--target", target_name),
-        versions=versions("pycuda") | {"tensorrt": trt.__version__},
+        versions("pycuda") | {"tensorrt": trt.__version__},
         compute_capability=device.compute_capability,
         gpu=device.name,
         profiles=[served.shapes for served in settings.profiles],
         build_s=round(time.perf_counter() - started, 1),
     )
-    card.save()
+
+
+def keep_plan(
+    card: Card, plan: bytes, inspection: str, command: str, made_with: Mapping[str, str], **facts: Any
+) -> Path:
+    """Write a plan and its inspection beside the artefacts that it was built from, and enter it on their card.
+
+    Args:
+        card: of the artefacts.
+        plan: the serialized plan.
+        inspection: what it consists of, see `inspect_plan`.
+        command: the command that builds it.
+        made_with: versions of the tools.
+        **facts: what else the card is to know of it.
+
+    Returns:
+        The plan.
+    """
+    path = card.folder / PLAN
+    for file, content in ((path, plan), (card.folder / INSPECTION, inspection.encode())):
+        with atomic_file(file) as aside:
+            aside.write_bytes(content)
+    write_script(card.folder, HALF_FILE, card.tile_sizes)
+    card.record("plan", path, "onnx_fp16", command, versions=made_with, **facts)
+    write_card(card)
     return path
 
 
