@@ -16,11 +16,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from export.graph import INPUT
 from export.pipeline import HALF_FILE
-from export.provenance import shell, versions
+from export.provenance import shell, versions, write_card
 from export.targets import TARGETS, Target
 from export.trtexec import BATCHES, PLAN, write_script
 from unet.card import Card
@@ -28,9 +28,27 @@ from unet.errors import UnetError, command, say
 from unet.files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Protocol
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx")
+    import tensorrt
+
+    class Library(Protocol):
+        """The module `tensorrt` or `tensorrt_rtx`: what is used of both, with TensorRT's types."""
+
+        __name__: str
+        __version__: str
+        Builder: type[tensorrt.Builder]
+        BuilderFlag: type[tensorrt.BuilderFlag]
+        ILogger: type[tensorrt.ILogger]
+        LayerInformationFormat: type[tensorrt.LayerInformationFormat]
+        MemoryPoolType: type[tensorrt.MemoryPoolType]
+        NetworkDefinitionCreationFlag: type[tensorrt.NetworkDefinitionCreationFlag]
+        OnnxParser: type[tensorrt.OnnxParser]
+        ProfilingVerbosity: type[tensorrt.ProfilingVerbosity]
+        Runtime: type[tensorrt.Runtime]
+
+
 BUILD_LOG, INSPECTION = "plan.log", "plan.json"
 _GIB = 1 << 30
 
@@ -94,14 +112,14 @@ class BuildLog:
         return "".join(f"{severity}: {text}\n" for severity, text in self.lines)
 
 
-def load_library(name: str) -> Any:
+def load_library(name: str) -> Library:
     """TensorRT's Python module, "tensorrt" or "tensorrt_rtx".
 
     Raises:
         EngineBuildError: it is not installed, or has no library beneath.
     """
     try:
-        library = importlib.import_module(name)
+        library = cast("Library", importlib.import_module(name))
     except (ImportError, OSError, RuntimeError) as error:
         extra = "gpu" if name == "tensorrt" else "rtx"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -113,23 +131,23 @@ def load_library(name: str) -> Any:
     return library
 
 
-def release_of(trt: Any) -> tuple[int, int]:
-    """The library's release, (major, minor)."""
-    major, minor = str(trt.__version__).split(".")[:2]
+def release_of(version: str) -> tuple[int, int]:
+    """The release, (major, minor), of a version such as "10.4.0"."""
+    major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
-def check_target(target: Target, trt: Any, compute_capability: str) -> None:
+def check_target(target: Target, version: str, compute_capability: str) -> None:
     """Refuse a TensorRT or a GPU that a target's plan cannot be built with.
 
     Raises:
         EngineBuildError: naming both sides.
     """
-    release = release_of(trt)
+    release = release_of(version)
     if release < target.oldest or (target.newest is not None and release > target.newest):
         last = ".".join(map(str, target.newest)) if target.newest else "any newer one"
         raise EngineBuildError(
-            f"TensorRT {trt.__version__} does not build for compute capability {target.compute_capability}: install "
+            f"TensorRT {version} does not build for compute capability {target.compute_capability}: install "
             f"{'.'.join(map(str, target.oldest))} to {last}"
         )
     if compute_capability != target.compute_capability:
@@ -139,10 +157,11 @@ def check_target(target: Target, trt: Any, compute_capability: str) -> None:
         )
 
 
-def make_logger(trt: Any, log: BuildLog) -> Any:
+def make_logger(trt: Library, log: BuildLog) -> tensorrt.ILogger:
     """A logger of TensorRT that writes into `log`."""
+    base: Any = trt.ILogger
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(base):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -152,21 +171,21 @@ def make_logger(trt: Any, log: BuildLog) -> Any:
     return Logger()
 
 
-def _network_flags(trt: Any) -> int:
+def _network_flags(trt: Library) -> int:
     """Types as they are in the ONNX file where the library can (10.x, RTX); 8.6 must be told of explicit batches."""
     flags = trt.NetworkDefinitionCreationFlag
     chosen = flags.STRONGLY_TYPED if hasattr(flags, "STRONGLY_TYPED") else flags.EXPLICIT_BATCH
     return 1 << int(chosen)
 
 
-def _set_precision(trt: Any, config: Any) -> None:
+def _set_precision(trt: Library, config: tensorrt.IBuilderConfig) -> None:
     """8.6 chooses types by speed: float16 must be allowed, and the file's types be kept."""
     if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         config.set_flag(trt.BuilderFlag.FP16)
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
 
-def _set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
+def _set_compute_capabilities(trt: Library, config: Any, wanted: Sequence[str]) -> None:
     """Name the GPUs to build for, which only TensorRT-RTX can; TensorRT builds for the present one."""
     if not wanted:
         return
@@ -181,7 +200,7 @@ def _set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> N
             )
 
 
-def _parse(trt: Any, network: Any, logger: Any, model: Path) -> None:
+def _parse(trt: Library, network: tensorrt.INetworkDefinition, logger: tensorrt.ILogger, model: Path) -> None:
     try:
         content = model.read_bytes()
     except OSError as error:
@@ -195,7 +214,12 @@ def _parse(trt: Any, network: Any, logger: Any, model: Path) -> None:
         )
 
 
-def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Profile]) -> None:
+def _add_profiles(
+    builder: tensorrt.Builder,
+    config: tensorrt.IBuilderConfig,
+    network: tensorrt.INetworkDefinition,
+    profiles: Sequence[Profile],
+) -> None:
     inputs = [network.get_input(index).name for index in range(network.num_inputs)]
     if not profiles:
         raise EngineBuildError("a plan for tiles of dynamic size needs an optimization profile: name a tile size")
@@ -215,7 +239,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
             )
 
 
-def build_plan(trt: Any, model: Path, settings: BuildSettings, log: BuildLog) -> bytes:
+def build_plan(trt: Library, model: Path, settings: BuildSettings, log: BuildLog) -> bytes:
     """Build a serialized plan.
 
     Args:
@@ -249,7 +273,7 @@ def build_plan(trt: Any, model: Path, settings: BuildSettings, log: BuildLog) ->
 
 
 @contextlib.contextmanager
-def _timing_cache(config: Any, path: Path | None) -> Any:
+def _timing_cache(config: tensorrt.IBuilderConfig, path: Path | None) -> Iterator[None]:
     """Let a build use what former ones measured, and keep what it adds."""
     if path is None:
         yield
@@ -263,7 +287,7 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
         aside.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
-def inspect_plan(trt: Any, plan: bytes, log: BuildLog) -> str:
+def inspect_plan(trt: Library, plan: bytes, log: BuildLog) -> str:
     """What a plan consists of, layer by layer, as TensorRT's own JSON. Needs the GPU that the plan is for.
 
     Raises:
@@ -297,33 +321,53 @@ def build_into(artefacts: Path, target_name: str, settings: BuildSettings | None
     model = card.verify("onnx_fp16")
     trt = load_library("tensorrt")
     device = gpu()
-    check_target(TARGETS[target_name], trt, device.compute_capability)
+    check_target(TARGETS[target_name], trt.__version__, device.compute_capability)
     settings = settings or BuildSettings(
         tuple(Profile(size) for size in card.tile_sizes), timing_cache=artefacts.resolve().with_suffix(".timing")
     )
-    path, log = artefacts / PLAN, BuildLog()
+    log = BuildLog()
     started = time.perf_counter()
     try:
         plan = build_plan(trt, model, settings, log)
         inspection = inspect_plan(trt, plan, log)
     finally:
         (artefacts / BUILD_LOG).write_text(str(log), encoding="utf-8")
-    for file, content in ((path, plan), (artefacts / INSPECTION, inspection.encode())):
-        with atomic_file(file) as aside:
-            aside.write_bytes(content)
-    write_script(artefacts, HALF_FILE, card.tile_sizes)
-    card.record(
-        "plan",
-        path,
-        "onnx_fp16",
+    return keep_plan(
+        card,
+        plan,
+        inspection,
         shell("python", "export/engine_build.py", "--artefacts", ".", "--target", target_name),
-        versions=versions("pycuda") | {"tensorrt": str(trt.__version__)},
+        versions("pycuda") | {"tensorrt": trt.__version__},
         compute_capability=device.compute_capability,
         gpu=device.name,
         profiles=[served.shapes for served in settings.profiles],
         build_s=round(time.perf_counter() - started, 1),
     )
-    card.save()
+
+
+def keep_plan(
+    card: Card, plan: bytes, inspection: str, command: str, made_with: Mapping[str, str], **facts: Any
+) -> Path:
+    """Write a plan and its inspection beside the artefacts that it was built from, and enter it on their card.
+
+    Args:
+        card: of the artefacts.
+        plan: the serialized plan.
+        inspection: what it consists of, see `inspect_plan`.
+        command: the command that builds it.
+        made_with: versions of the tools.
+        **facts: what else the card is to know of it.
+
+    Returns:
+        The plan.
+    """
+    path = card.folder / PLAN
+    for file, content in ((path, plan), (card.folder / INSPECTION, inspection.encode())):
+        with atomic_file(file) as aside:
+            aside.write_bytes(content)
+    write_script(card.folder, HALF_FILE, card.tile_sizes)
+    card.record("plan", path, "onnx_fp16", command, versions=made_with, **facts)
+    write_card(card)
     return path
 
 

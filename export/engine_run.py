@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    import tensorrt
     from numpy.typing import NDArray
 
 BATCH_SIZES = (1, 8, 16)
@@ -108,33 +109,51 @@ class PlanRunner:
 
         Raises:
             CardError: the plan is missing or not what its card says.
-            EngineRunError: there is no GPU, or the plan is for another GPU or TensorRT.
+            EngineRunError: there is no GPU, the plan is for another GPU or TensorRT, or it cannot be loaded.
         """
         from export.engine_build import BuildLog, load_library, make_logger
 
         card = Card.load(artefacts)
         path, entry = card.verify("plan"), card.artefacts["plan"]
         trt, here = load_library("tensorrt"), gpu()
-        check_fit(entry.facts, entry.versions.get("tensorrt", "an unknown release"), here, str(trt.__version__))
+        check_fit(entry.facts, entry.versions.get("tensorrt", "an unknown release"), here, trt.__version__)
         self._cuda, self._log = _driver(), BuildLog()
         self.tile_sizes, self.max_batch_size = card.tile_sizes, int(entry.facts["profiles"][0][2][0])
         self._context = self._cuda.Device(0).retain_primary_context()
         self._context.push()
         self._stack = contextlib.ExitStack()
         self._stack.callback(self._context.pop)
-        engine = trt.Runtime(make_logger(trt, self._log)).deserialize_cuda_engine(path.read_bytes())
-        if engine is None:
+        try:
+            self._load(trt.Runtime(make_logger(trt, self._log)), path)
+        except BaseException:
+            # The caller never gets the runner, so nobody else can close it.
             self.close()
+            raise
+
+    def _load(self, runtime: tensorrt.Runtime, path: Path) -> None:
+        """Load the plan and give its tensors memory for the largest batch of the largest tile."""
+        self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
             raise EngineRunError(f"{path} cannot be loaded: {self._log.last_error}")
-        self._engine, self._execution = engine, engine.create_execution_context()
+        self._execution = self._engine.create_execution_context()
+        if self._execution is None:
+            raise EngineRunError(f"the GPU cannot hold what {path} needs to run: {self._log.last_error}")
         self._stream = self._cuda.Stream()
         largest = max(self.tile_sizes)
         shapes = {name: self._shape(name, self.max_batch_size, largest) for name in _TYPES}
         self._host = {name: self._cuda.pagelocked_empty(shapes[name], kind) for name, kind in _TYPES.items()}
         self._device = {name: self._cuda.mem_alloc(array.nbytes) for name, array in self._host.items()}
-        for name, memory in self._device.items():
-            self._execution.set_tensor_address(name, int(memory))
+        for name in _TYPES:
+            self._require(
+                self._execution.set_tensor_address(name, int(self._device[name])), f"takes no memory for {name}"
+            )
         self._tile_size = 0
+
+    def _require(self, done: bool, refusal: str) -> None:
+        if not done:
+            raise EngineRunError(
+                f"TensorRT {refusal} ({self._log.last_error}): build the plan again with export/engine_build.py"
+            )
 
     @staticmethod
     def _shape(name: str, batch: int, size: int) -> tuple[int, int, int, int]:
@@ -189,10 +208,16 @@ class PlanRunner:
                 f"{self.max_batch_size}, not {batch} of {size}: build another"
             )
         if size != self._tile_size:
-            self._execution.set_optimization_profile_async(self.tile_sizes.index(size), self._stream.handle)
+            self._require(
+                self._execution.set_optimization_profile_async(self.tile_sizes.index(size), self._stream.handle),
+                f"does not change to the profile of tiles of {size}",
+            )
             self._stream.synchronize()
             self._tile_size = size
-        self._execution.set_input_shape(INPUT, self._shape(INPUT, batch, size))
+        self._require(
+            self._execution.set_input_shape(INPUT, self._shape(INPUT, batch, size)),
+            f"does not take {batch} tiles of {size}",
+        )
 
     def _execute(self) -> None:
         if not self._execution.execute_async_v3(self._stream.handle):

@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from export.engine_build import EngineBuildError, build_into
     from export.engine_run import EngineRunError
     from export.pipeline import ExportConfig, export_model
+    from export.provenance import PAGE
     from export.trtexec import SCRIPT
 
     config = ExportConfig(
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = export_model(config, say)
     for artefact in card.artefacts.values():
         say(f"{artefact.sha256[:12]}  {card.folder / artefact.file}")
-    say(f"{'':12}  {card.folder / 'card.md'}")
+    say(f"{'':12}  {card.folder / PAGE}")
     if args.target != "cpu":
         try:
             say(f"{'':12}  {build_into(args.out, args.target)}")

@@ -20,14 +20,14 @@ from export.half_precision import to_half
 from export.int8 import quantise
 from export.parity import HALF, SAME_TYPE, Comparison, Tolerance, compare
 from export.parity import LOGITS as LOGITS_TOLERANCE
-from export.provenance import card_page, machine, shell, tensorflow_package, versions
+from export.provenance import machine, shell, tensorflow_package, versions, write_card
 from export.reference import Outputs
 from export.scoring import Change, Judge, gather_scored
 from export.tiles import Tiles, gather_tiles, training_tiles
 from unet.card import CARD_FILE, Card
 from unet.cpu_engine import CpuEngine, EngineChoice, load_engine
 from unet.errors import UnetError
-from unet.files import atomic_directory, atomic_file
+from unet.files import atomic_directory
 from unet.geometry import output_size
 from unet.processes import child
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-SAVED_MODEL, SINGLE, HALF_FILE, PAGE = "saved_model", "model.onnx", "model.fp16.onnx", "card.md"
+SAVED_MODEL, SINGLE, HALF_FILE = "saved_model", "model.onnx", "model.fp16.onnx"
 WORST, INT8_FILE = "worst_slice.png", "model.int8.zip"
 ORT = EngineChoice("onnxruntime", "f32")
 
@@ -126,9 +126,7 @@ class Exporter:
             self._choose_engine(tiles)
         else:
             trtexec.write_script(self.folder, HALF_FILE, self.config.tile_sizes)
-        self.card.save()
-        with atomic_file(self.folder / PAGE) as aside:
-            aside.write_text(card_page(self.card), encoding="utf-8")
+        write_card(self.card)
 
     def _copy_saved_model(self, run_config: dict[str, Any]) -> Path:
         path = self.folder / SAVED_MODEL

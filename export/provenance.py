@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet import __version__
+from unet.files import atomic_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from unet.card import Card
+
+PAGE = "card.md"
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -46,6 +49,13 @@ def machine() -> dict[str, Any]:
 def shell(*words: str | os.PathLike[str]) -> str:
     """A command line to paste into a shell."""
     return shlex.join(str(word) for word in words)
+
+
+def write_card(card: Card) -> None:
+    """Write a card into its folder, as ``card.json`` and as a page to read, ``card.md``."""
+    card.save()
+    with atomic_file(card.folder / PAGE) as aside:
+        aside.write_text(card_page(card), encoding="utf-8")
 
 
 def card_page(card: Card) -> str:

@@ -6,7 +6,6 @@ to the size of the expanding path, dropout at the bottom, He initialisation, log
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -125,26 +124,3 @@ def _skip_crop(level: int) -> int:
     depth = LEVELS - 1 - level
     lost = sum((4 << k) * (1 if k == depth else 2) for k in range(1, depth + 1))
     return lost // 2
-
-
-def network_gflop(base_filters: int, size: int) -> float:
-    """Arithmetic of one forward pass of a ``size`` x ``size`` tile, in GFLOP: 2 x multiply-adds of the convolutions."""
-    total, side, channels = 0, size, 1
-    for level in range(LEVELS):
-        filters = base_filters << level
-        for incoming in (channels, filters):
-            side -= 2
-            total += side * side * 9 * incoming * filters
-        channels = filters
-        if level < LEVELS - 1:
-            side = math.floor(side / 2)
-    for level in reversed(range(LEVELS - 1)):
-        filters = base_filters << level
-        total += side * side * channels * 4 * filters
-        side *= 2
-        for incoming in (2 * filters, filters):
-            side -= 2
-            total += side * side * 9 * incoming * filters
-        channels = filters
-    total += side * side * channels * CLASSES
-    return 2 * total / 1e9

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from export.engine_choice import choose_engine, measure
+from export.engine_choice import LARGEST_BATCH, candidate, choose_engine, compare_batches, measure
 from export.graph import write_model
-from export.parity import ParityError
+from export.parity import HALF, ParityError
 from export.reference import Reference
 from export.tiles import Tiles
 from unet.cpu_engine import CpuEngine, EngineChoice, supported_choices
@@ -91,3 +92,29 @@ def test_more_work_is_measured_to_be_slower(files: tuple[Path, Path], tiles: Til
     small = measure(engines, tiles)[F32[1]]
     large = measure(engines, Tiles("", (np.zeros((1, 1, 700, 700), np.uint8),)))[F32[1]]
     assert small > 3 * large
+
+
+class Misordered(CpuEngine):
+    """From some batch size on its answers are those of the tiles in another order."""
+
+    def __init__(self, path: Path, choice: EngineChoice, first_wrong: int) -> None:
+        super().__init__(path, choice)
+        self._first_wrong = first_wrong
+
+    def infer(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        answers = super().infer(image)
+        return answers if len(image) < self._first_wrong else np.roll(answers, 1, axis=0)
+
+
+@pytest.mark.parametrize("choice", F32, ids=str)
+def test_answers_that_go_wrong_from_some_batch_size_on_are_refused(
+    files: tuple[Path, Path], choice: EngineChoice
+) -> None:
+    path, name = candidate(choice, *files).path, str(choice)
+    compare_batches(Misordered(path, choice, LARGEST_BATCH + 1), name, HALF).check()
+    with pytest.raises(ParityError) as caught:
+        compare_batches(Misordered(path, choice, 8), name, HALF).check()
+    pattern = rf"{name}, batch (\d+) does not agree with one by one: its probabilities differ by \S+, 5e-03 is the most"
+    sentence = re.match(pattern, str(caught.value))
+    assert sentence is not None
+    assert 8 <= int(sentence[1]) <= LARGEST_BATCH

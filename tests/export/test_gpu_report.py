@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export.engine_build import keep_plan
 from export.gpu_report import parity, report, samples
 from export.parity import ParityError
 from export.pipeline import HALF_FILE, SINGLE, ExportConfig, export_model
+from export.provenance import PAGE
+from export.trtexec import PLAN
 from unet.card import Card
 from unet.cpu_engine import CpuEngine, EngineChoice
 
@@ -60,6 +64,22 @@ def test_a_fault_at_one_batch_size_is_found(card: Card, data_dir: Path) -> None:
         comparisons[0].check()
 
 
+def test_a_plan_shows_on_the_card_and_on_its_page(card: Card, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(card.folder, tmp_path / "artefacts"))
+    assert PLAN not in (folder / PAGE).read_text()
+    command = "python export/engine_build.py --artefacts . --target v100"
+    keep_plan(Card.load(folder), b"layers", "{}", command, {"tensorrt": "10.4.0"}, compute_capability="7.0")
+    found = Card.load(folder)
+    found.verify_all()
+    entry = found.artefacts["plan"]
+    assert (entry.parent, entry.versions["tensorrt"], entry.facts["compute_capability"]) == (
+        "onnx_fp16",
+        "10.4.0",
+        "7.0",
+    )
+    assert f"| {PLAN} | `{entry.sha256[:12]}` | onnx_fp16 | `{command}` |" in (folder / PAGE).read_text()
+
+
 def test_without_a_gpu_it_is_one_sentence(card: Card, project_root: Path) -> None:
     line = [sys.executable, "export/gpu_report.py", "--artefacts", str(card.folder), "--target", "v100"]
     done = subprocess.run(line, cwd=project_root, capture_output=True, text=True, check=False)
@@ -77,6 +97,7 @@ def test_a_plan_is_built_proven_and_run(model_dir: Path, data_dir: Path, tmp_pat
     card = export_model(ExportConfig(model_dir, tmp_path / "artefacts", data_dir, target, SIZES), lambda _: None)
     build_into(card.folder, target)
     assert (card.folder / "plan.json").stat().st_size > 100
+    assert PLAN in (card.folder / PAGE).read_text()
     with PlanRunner(card.folder) as runner:
         for one in parity(runner, samples(Card.load(card.folder), data_dir, 16)):
             one.check()

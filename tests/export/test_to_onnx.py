@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,20 @@ def test_a_saved_model_of_another_project_is_refused(tmp_path: Path) -> None:
     tf.saved_model.save(module, str(tmp_path))
     with pytest.raises(SavedModelError, match=r"has no signature network \(it has"):
         load_signature(tmp_path, "network")
+
+
+@pytest.mark.slow
+def test_the_published_size_is_converted_in_moderate_memory(
+    random_saved_model: Callable[..., None], project_root: Path, tmp_path: Path
+) -> None:
+    random_saved_model(tmp_path / "saved_model", 64)
+    program = (
+        "import resource, sys; from export.to_onnx import main; main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path / "saved_model"), str(tmp_path / "model.onnx")]
+    done = subprocess.run(line, cwd=project_root, capture_output=True, text=True, check=True)
+    peak_gb = int(done.stdout.split()[-1]) * 1024 / 1e9
+    assert (tmp_path / "model.onnx").stat().st_size > 31_000_000 * 4
+    # 8 GB while the copies of its weights pile up, 3.4 GB where they do not.
+    assert peak_gb < 5
