@@ -208,6 +208,7 @@ class PerfAnalyzerLevel:
     ) -> None:
         self._analyzer, self._shared, self._url, self._model = analyzer, shared, url, model
         self._timeout_s, self._meter = timeout_s, meter
+        self._ours = TritonLevel(shared, url, model, timeout_s, meter)
         self._rates: dict[Load, float] = {}
 
     def measure(self, load: Load, seconds: float) -> Sample:
@@ -216,8 +217,10 @@ class PerfAnalyzerLevel:
         Raises:
             PerfAnalyzerError: it fails or sees nothing stable.
         """
-        # It wants a number of requests; what the last round answered in a second says how many.
-        wanted = self._rates.get(load, 0.0) * seconds / 3
+        # It wants a number of requests for each window, of which it takes three.
+        if load not in self._rates:
+            self._rates[load] = self._ours.measure(load, 0.0).img_per_s / load.batch_size
+        wanted = self._rates[load] * seconds / 3
         started = time.perf_counter()
         with self._meter.measure() as cost:
             row = self._analyzer.measure(
@@ -231,7 +234,6 @@ class PerfAnalyzerLevel:
                 timeout_s=self._timeout_s,
             )
         wall_s = time.perf_counter() - started
-        self._rates[load] = row.img_per_s / load.batch_size
         return Sample(row.img_per_s * wall_s, wall_s, perf=row, cost=cost)
 
 

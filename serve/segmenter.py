@@ -15,7 +15,7 @@ import numpy.typing as npt
 from serve.bands import Job, band_of, turned, turned_back
 from serve.connection import ClientError
 from serve.dispatch import Batch, Dispatcher, Settings, addresses
-from unet.geometry import HALO, TilePlan, cheapest_tile_size, mirrored_indices, plan_tiles
+from unet.geometry import HALO, TilePlan, cheapest_tile_size, gather, mirrored_indices, plan_tiles
 from unet.intensity import Window, to_uint8
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class _Work:
         for place, (tile, view) in zip(images, tiles):
             rows = mirrored_indices(tile.row0 - HALO, tile.size, self.job.height) - self.job.first_row
             cols = mirrored_indices(tile.col0 - HALO, tile.size, self.job.image.shape[1])
-            place[0] = turned(to_uint8(self.job.image[np.ix_(rows, cols)], self.window), view)
+            place[0] = turned(to_uint8(gather(self.job.image, rows, cols), self.window), view)
 
     def accept(self, tiles: Sequence[tuple[Tile, int]], outputs: npt.NDArray[np.float16]) -> None:
         """Place answers, float16 [N, 1, S - 184, S - 184]."""

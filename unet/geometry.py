@@ -135,7 +135,7 @@ class TilePlan:
         cols = mirrored_indices(tile.col0 - HALO, tile.size, self.width)
         # Only the window that the tile touches is read: a slice may be a memory-mapped file.
         window = image[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1]
-        return window[np.ix_(rows - rows.min(), cols - cols.min())]
+        return gather(window, rows - rows.min(), cols - cols.min())
 
     def place(self, output: AnyArray, tile: Tile, into: AnyArray) -> None:
         """Copy the part of a tile's output [size - 184, size - 184] that it writes into ``into`` [height, width]."""
@@ -152,6 +152,14 @@ def mirrored_indices(first: int, count: int, length: int) -> npt.NDArray[np.intp
     period = 2 * (length - 1)
     folded = np.arange(first, first + count) % period
     return np.minimum(folded, period - folded)
+
+
+def gather(image: AnyArray, rows: npt.NDArray[np.intp], cols: npt.NDArray[np.intp]) -> AnyArray:
+    """Rows and columns of an image [H, W] by their indices, [len(rows), len(cols)].
+
+    The same as ``image[np.ix_(rows, cols)]``, which looks every pixel up by itself and takes five times as long.
+    """
+    return image.take(rows, 0).take(cols, 1)
 
 
 def _intervals(length: int, tile_size: int) -> list[tuple[int, int, int]]:
