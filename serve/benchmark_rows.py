@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,7 +115,8 @@ def summarise(level: str, load: Load, samples: Sequence[Sample]) -> Row:
     values |= _server_counts(samples) | _costs(samples)
     requests = sum(len(sample.latencies_s) for sample in samples) or None
     where = level, load.tile_size, load.batch_size, load.concurrency
-    refused = refusal(load, rate, rounds, values, requests)
+    alone = samples[0].server is None and samples[0].perf is None
+    refused = refusal(replace(load, concurrency=1) if alone else load, rate, rounds, values, requests)
     return Row(*where, rate, rounds, requests, **values, refused=refused)  # type: ignore[arg-type]
 
 

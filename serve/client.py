@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.bands import bands_of
-from serve.connection import ClientError, DeadlineError, ServerBusyError, ServerGoneError
+from serve.connection import ClientError, DeadlineError, ServerBusyError, ServerGoneError, Tls, TlsError
 from serve.outputs import KINDS, LABEL_DTYPES
 from serve.pipeline import Filler, Request, Summary, open_volume, segment_volume
 from serve.segmenter import SHARED_MEMORY, Segmenter
@@ -27,6 +27,8 @@ __all__ = [
     "Segmenter",
     "ServerBusyError",
     "ServerGoneError",
+    "Tls",
+    "TlsError",
     "segment_volume",
 ]
 
@@ -79,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "--patience_s", type=float, default=30, help="how long a server that went away is waited for (%(default)g)"
     )
     where.add_argument("--shared_memory", choices=SHARED_MEMORY, default="auto", help="with a server on this machine")
+    where.add_argument("--tls_ca", type=Path, help="PEM of the authority of the server's certificate: encrypts")
+    where.add_argument("--tls_cert", type=Path, help="PEM of this client's certificate, where the server wants one")
+    where.add_argument("--tls_key", type=Path, help="PEM of its private key")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     parser.add_argument("--json", action="store_true", help="summary as JSON, one line per stack")
     return parser
@@ -93,22 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = _expanded(chosen.volumes)
     request = _request(chosen)
     _refuse_overwriting(sources, request, dry=chosen.dry_run)
-    with Segmenter(
-        chosen.url or _DEFAULT_URL,
-        chosen.model_name,
-        chosen.model_version,
-        timeout_s=chosen.timeout_s,
-        patience_s=chosen.patience_s,
-        shared_memory=chosen.shared_memory,
-        batch_size=chosen.batch_size,
-        in_flight=chosen.in_flight,
-        tta=chosen.tta,
-    ) as segmenter:
+    urls, options = tuple(chosen.url or (_DEFAULT_URL,)), _options(chosen)
+    filler = _filler(chosen, urls, options)
+    with Segmenter(urls, **options) as segmenter:
         for source in sources:
             if chosen.dry_run:
                 _announce(segmenter, source, request, chosen)
             else:
-                _report(segment_volume(segmenter, source, request, _filler(chosen)), chosen)
+                _report(segment_volume(segmenter, source, request, filler), chosen)
     return 0
 
 
@@ -116,36 +113,48 @@ def _request(chosen: Any) -> Request:
     kinds = tuple(dict.fromkeys(chosen.output or ["probability"]))
     drawn = chosen.output is None or "overlay" in kinds
     return Request(
-        kinds,
-        chosen.output_dir,
-        chosen.threshold,
-        chosen.label_dtype,
-        tuple(chosen.window) if chosen.window else None,
-        chosen.overlay_slice if drawn else None,
-        chosen.resume,
-        chosen.overwrite,
-        chosen.tta,
-        chosen.quiet,
+        kinds=kinds,
+        folder=chosen.output_dir,
+        threshold=chosen.threshold,
+        label_dtype=chosen.label_dtype,
+        window=tuple(chosen.window) if chosen.window else None,
+        picture_slice=chosen.overlay_slice if drawn else None,
+        resume=chosen.resume,
+        overwrite=chosen.overwrite,
+        tta=chosen.tta,
+        quiet=chosen.quiet,
     )
 
 
-def _filler(chosen: Any) -> Filler | None:
+def _options(chosen: Any) -> dict[str, Any]:
+    """Of a segmenter, here or on a cluster's workers."""
+    names = (
+        "model_name",
+        "model_version",
+        "timeout_s",
+        "patience_s",
+        "shared_memory",
+        "batch_size",
+        "in_flight",
+        "tta",
+    )
+    return {**{name: getattr(chosen, name) for name in names}, "tls": _tls(chosen)}
+
+
+def _tls(chosen: Any) -> Tls | None:
+    if chosen.tls_ca is not None:
+        return Tls(chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
+    if chosen.tls_cert is not None or chosen.tls_key is not None:
+        raise ClientError("--tls_cert and --tls_key need --tls_ca, the authority of the server's certificate")
+    return None
+
+
+def _filler(chosen: Any, urls: tuple[str, ...], options: dict[str, Any]) -> Filler | None:
     if chosen.dask is None:
         return None
     from serve.cluster import DaskFiller, Work
 
-    work = Work(
-        tuple(chosen.url or (_DEFAULT_URL,)),
-        chosen.model_name,
-        chosen.model_version,
-        chosen.timeout_s,
-        chosen.patience_s,
-        chosen.shared_memory,
-        chosen.batch_size,
-        chosen.in_flight,
-        chosen.tta,
-    )
-    return DaskFiller(chosen.dask, work)
+    return DaskFiller(chosen.dask, Work(urls, options))
 
 
 def _expanded(volumes: Sequence[str]) -> list[Path]:

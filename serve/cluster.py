@@ -26,34 +26,17 @@ _CONNECT_TIMEOUT_S = 5
 
 @dataclass(frozen=True)
 class Work:
-    """How a worker's segmenter connects; see ``Segmenter``."""
+    """How a worker's segmenter connects: the servers, and the other arguments of ``Segmenter`` by name."""
 
     urls: tuple[str, ...]
-    model_name: str
-    model_version: str
-    timeout_s: float
-    patience_s: float
-    shared_memory: str
-    batch_size: int
-    in_flight: int
-    tta: bool
+    options: dict[str, Any]
 
     def connect(self, turn: int) -> Segmenter:
         """A segmenter whose first server is the ``turn``-th, so that workers share the servers out."""
         from serve.segmenter import Segmenter
 
         first = turn % len(self.urls)
-        return Segmenter(
-            (*self.urls[first:], *self.urls[:first]),
-            self.model_name,
-            self.model_version,
-            timeout_s=self.timeout_s,
-            patience_s=self.patience_s,
-            shared_memory=self.shared_memory,
-            batch_size=self.batch_size,
-            in_flight=self.in_flight,
-            tta=self.tta,
-        )
+        return Segmenter((*self.urls[first:], *self.urls[:first]), **self.options)
 
 
 @dataclass(frozen=True)
@@ -80,7 +63,7 @@ def segment_task(place: Place, page: int, band: Band) -> int:
     turn = place.turns.get(str(_distributed().get_worker().address), 0)
     with ZarrStack(place.source) as volume, place.work.connect(turn) as segmenter:
         if repr(segmenter.interface) != place.interface:
-            raise ClientError(f"one of {', '.join(place.work.urls)} serves another {place.work.model_name}")
+            raise ClientError(f"one of {', '.join(place.work.urls)} serves another model")
         job = job_of(volume, place.plan, page, band)
         [(_, rows)] = segmenter.segment_bands([job], place.window)
         ZarrCanvas(place.store, volume, rows.dtype, chunk_rows=1, keep=True).write(page, band.row0, rows)

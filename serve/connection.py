@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from unet.errors import UnetError
@@ -44,6 +46,41 @@ class MemoryForgottenError(ClientError):
     """The server does not know this client's shared memory any longer."""
 
 
+class TlsError(ClientError):
+    """Certificates that cannot be read, or that client and server do not accept of each other."""
+
+
+@dataclass(frozen=True)
+class Tls:
+    """What an encrypted connection needs, as PEM files.
+
+    Attributes:
+        ca: the authority whose certificate the server must show.
+        cert: this client's certificate, where the server asks for one.
+        key: its private key.
+    """
+
+    ca: Path
+    cert: Path | None = None
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise TlsError("a client's certificate and its key go together: give both --tls_cert and --tls_key")
+        for path in filter(None, (self.ca, self.cert, self.key)):
+            try:
+                text = path.read_bytes()
+            except OSError as error:
+                raise TlsError(f"{path} cannot be read: {error.strerror}") from error
+            if b"-----BEGIN " not in text:
+                raise TlsError(f"{path} is no PEM file: it must hold a line that starts with -----BEGIN")
+
+    def options(self) -> dict[str, Any]:
+        """For tritonclient's gRPC client."""
+        names = {"root_certificates": self.ca, "certificate_chain": self.cert, "private_key": self.key}
+        return {"ssl": True, **{name: str(path) for name, path in names.items() if path is not None}}
+
+
 @dataclass(frozen=True)
 class Interface:
     """What a served model takes, and which one it is.
@@ -70,8 +107,8 @@ class Connection:
         grpc: tritonclient's gRPC module, which takes a while to load.
     """
 
-    def __init__(self, url: str, model_name: str, model_version: str, timeout_s: float) -> None:
-        """Prepare to connect, which happens with the first call.
+    def __init__(self, url: str, model_name: str, model_version: str, timeout_s: float, tls: Tls | None = None) -> None:
+        """Prepare to connect, which happens with the first call; encrypted if ``tls`` is given.
 
         Raises:
             ClientError: if the address is malformed.
@@ -81,7 +118,7 @@ class Connection:
         self.url, self.model_name, self.model_version, self.timeout_s = url, model_name, model_version, timeout_s
         self.grpc: Any = grpc
         try:
-            self.client: Any = grpc.InferenceServerClient(url, channel_args=_CHANNEL)
+            self.client: Any = grpc.InferenceServerClient(url, channel_args=_CHANNEL, **(tls.options() if tls else {}))
         except Exception as error:  # a malformed address fails in several ways
             raise ClientError(f"{url} is not HOST:PORT of a gRPC server: {error}") from error
 
@@ -153,9 +190,15 @@ class Connection:
             return ServerBusyError(
                 f"{self.url} has too many requests waiting ({message}): try again when it is less busy"
             )
+        if "UNAVAILABLE" in status and ("handshake" in message.lower() or "SSL" in message):
+            return TlsError(
+                f"{self.url} and this client do not accept each other's certificates ({_reason(message)}): name the "
+                "authority of the server's with --tls_ca, and if it asks for one give --tls_cert and --tls_key"
+            )
         if "UNAVAILABLE" in status:
             return ServerGoneError(
-                f"no server answers at {self.url}: start one with `make serve`, or name it with --url"
+                f"no server answers at {self.url}: start one with `make serve`, or name it with --url; one that is "
+                "encrypted, or wants a certificate, needs --tls_ca, --tls_cert and --tls_key"
             )
         if "unknown model" in message.lower():
             version = f" version {self.model_version}" if self.model_version else ""
@@ -172,3 +215,9 @@ class Connection:
     def close(self) -> None:
         """Hang up."""
         self.client.close()
+
+
+def _reason(message: str) -> str:
+    """The telling words of OpenSSL's message, as in "CERTIFICATE_VERIFY_FAILED"."""
+    found = re.findall(r"[A-Z]+(?:_[A-Z]+){2,}", message)
+    return found[-1] if found else message.splitlines()[0]

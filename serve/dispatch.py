@@ -27,6 +27,7 @@ from serve.connection import (
     NotServedError,
     ServerBusyError,
     ServerGoneError,
+    Tls,
 )
 from serve.slots import Shape, Slot, make_slots, on_this_machine
 from unet.processes import signals_held_back
@@ -51,6 +52,7 @@ class Settings:
         patience_s: how long a server that went away is waited for.
         shared_memory: "auto", "on" or "off".
         in_flight: requests under way at a time.
+        tls: for an encrypted connection; None for a plain one.
     """
 
     urls: tuple[str, ...]
@@ -60,6 +62,7 @@ class Settings:
     patience_s: float
     shared_memory: str
     in_flight: int
+    tls: Tls | None = None
 
 
 @dataclass
@@ -137,7 +140,8 @@ class Dispatcher:
         raise ClientError(f"none of {', '.join(self.settings.urls)} serves {self.settings.model_name}: {listed}")
 
     def _connect(self, url: str, timeout_s: float) -> tuple[Connection, Interface]:
-        connection = Connection(url, self.settings.model_name, self.settings.model_version, self.settings.timeout_s)
+        settings = self.settings
+        connection = Connection(url, settings.model_name, settings.model_version, settings.timeout_s, settings.tls)
         try:
             return connection, connection.interface(timeout_s)
         except BaseException:

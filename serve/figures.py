@@ -2,12 +2,14 @@
 
 ``tensorflow``: the same stack over a TensorFlow loop that predicts tiles of 572, as the reference does.
 ``memory``: the client's resident memory over the number of slices, and for slices of 16k x 16k, with its curve.
+``servers``: slices a second over several servers at once over those of the first alone.
 ``soak``: many clients at once; every answer is checked against its own input.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -50,7 +52,7 @@ def speed_ratio(taken: dict[str, list[float]], of: str, over: str) -> float:
     return statistics.median(ratios(taken[over], taken[of]))
 
 
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each of several things in each round, after one that is not measured."""
     subjects = {name: timed(run) for name, run in runs.items()}
     interleave(subjects, 1)
@@ -162,6 +164,30 @@ def _draw(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
         figure.savefig(aside, dpi=110, format="png")
 
 
+def several_servers(chosen: Any) -> dict[str, Any]:
+    """Slices by one segmenter for each server at the same time, over the same slices by the first server alone."""
+    images = list(np.random.default_rng(0).integers(0, 256, (4 * len(chosen.servers), 512, 512), np.uint8))
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(chosen.servers)) as pool:
+        segmenters = [stack.enter_context(Segmenter(url, timeout_s=300)) for url in chosen.servers]
+        if len({segmenter.interface for segmenter in segmenters}) > 1:
+            raise FigureError(f"{', '.join(chosen.servers)} serve different models: publish the same one on all")
+
+        def segment(segmenter: Segmenter, part: list[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float32]]:
+            return list(segmenter.segment(part))
+
+        def together() -> list[npt.NDArray[np.float32]]:
+            parts = [images[first :: len(segmenters)] for first in range(len(segmenters))]
+            found = list(pool.map(segment, segmenters, parts))
+            return [found[index % len(found)][index // len(found)] for index in range(len(images))]
+
+        first = segment(segmenters[0], images)
+        if not all(np.allclose(one, other, atol=chosen.tolerance) for one, other in zip(first, together())):
+            raise FigureError(f"{', '.join(chosen.servers)} answer differently: publish the same model on all")
+        taken = interleaved({"one": lambda: segment(segmenters[0], images), "together": together}, chosen.rounds)
+    rates = {f"{who}_slices_per_s": len(images) / statistics.median(each) for who, each in taken.items()}
+    return {"servers": len(segmenters), **rates, "ratio": speed_ratio(taken, "together", "one")}
+
+
 def soak(chosen: Any) -> dict[str, Any]:
     """Many clients at once for a while, each with slices of its own; every answer is compared with the first one."""
     random = np.random.default_rng(0)
@@ -204,6 +230,7 @@ def soak(chosen: Any) -> dict[str, Any]:
 _FIGURES = {
     "tensorflow": against_tensorflow,
     "memory": memory,
+    "servers": several_servers,
     "soak": soak,
 }
 
@@ -216,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=_FIGURES)
     parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC")
+    parser.add_argument(
+        "--servers", nargs="+", default=["localhost:8001", "localhost:9001"], help="HOST:PORT of each, of `servers`"
+    )
     parser.add_argument("--saved_model", type=Path, default=Path("result/saved_model"), help="for `tensorflow`")
     parser.add_argument("--images", type=Path, default=Path("data/train-volume.tif"), help="a stack")
     parser.add_argument("--labels", type=Path, help="its labels, to compare scores in `tensorflow`")

@@ -19,7 +19,7 @@ from unet.geometry import HALO, TilePlan, cheapest_tile_size, gather, mirrored_i
 from unet.intensity import Window, to_uint8
 
 if TYPE_CHECKING:
-    from serve.connection import Interface
+    from serve.connection import Interface, Tls
     from unet.geometry import Tile
 
 SHARED_MEMORY = ("auto", "on", "off")
@@ -97,6 +97,7 @@ class Segmenter:
         batch_size: int = 1,
         in_flight: int = 2,
         tta: bool = False,
+        tls: Tls | None = None,
     ) -> None:
         """Connect and ask for the model's interface.
 
@@ -112,6 +113,7 @@ class Segmenter:
             in_flight: requests under way at a time.
             tta: test-time augmentation: the mean of the answers to eight views of each tile, turned and mirrored;
                 it takes eight times as long.
+            tls: certificates, for servers that encrypt; a connection is plain without.
 
         Raises:
             ClientError: if no server answers, it does not serve the model, or the model has another interface.
@@ -123,7 +125,9 @@ class Segmenter:
                 "batch_size and in_flight must be at least 1, timeout_s positive, patience_s not negative"
             )
         self._batch_size, self._in_flight, self._views = batch_size, in_flight, VIEWS if tta else 1
-        settings = Settings(addresses(url), model_name, model_version, timeout_s, patience_s, shared_memory, in_flight)
+        settings = Settings(
+            addresses(url), model_name, model_version, timeout_s, patience_s, shared_memory, in_flight, tls
+        )
         if not settings.urls:
             raise ClientError("there is no server to connect to: name one with --url")
         self._dispatcher = Dispatcher(settings)

@@ -1,7 +1,8 @@
 """How a published model behaves on this machine: readiness, first answer, batching: ``python serve/trial.py``.
 
-Serves artefacts from a folder of its own, once for each queue delay, on free ports, and asks one tile at a time from
-one client and from several.
+Serves artefacts from a folder of its own, once for each combination of queue delay, queue limit and instances, on free
+ports, and asks one tile at a time from one client and from several. What serves best within a latency budget is written
+down as the suggested way to publish.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import shlex
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from serve.repository import ModelSettings, publish
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
 from unet.errors import UnetError, command, say
+from unet.files import write_json
 from unet.processes import free_ports
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 _LONE_REQUESTS = 15
 _TIMEOUT_S = 300.0
+# Of the peak throughput: what is beyond costs more latency or memory than it is worth.
+_ENOUGH = 0.95
 
 
 class TrialError(UnetError):
@@ -189,6 +194,41 @@ def row(trial: Trial, load: Load) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def suggest(trials: Sequence[Trial], p99_ms: float) -> tuple[Trial, Load]:
+    """The shortest queue delay and the fewest instances that reach 95 % of the peak throughput within a budget.
+
+    Args:
+        trials: what was tried.
+        p99_ms: 99 of 100 answers must come within so many milliseconds.
+
+    Returns:
+        The trial and the load under which it did.
+
+    Raises:
+        TrialError: nothing that was tried stays within the budget.
+    """
+    within = [(trial, load) for trial in trials for load in trial.loads if load.p99_ms <= p99_ms]
+    if not within:
+        least = min(load.p99_ms for trial in trials for load in trial.loads)
+        raise TrialError(
+            f"nothing that was tried answers 99 of 100 requests within {p99_ms:g} ms, the best within {least:.0f} ms: "
+            "raise --p99_ms, or try fewer --clients"
+        )
+    peak = max(load.img_per_s for _, load in within)
+    enough = [(trial, load) for trial, load in within if load.img_per_s >= _ENOUGH * peak]
+    return min(enough, key=lambda one: (one[0].settings.queue_delay_us, one[0].settings.instance_count, one[1].p99_ms))
+
+
+def suggestion(trial: Trial, load: Load, p99_ms: float, artefacts: Path) -> dict[str, Any]:
+    """A suggested profile: the settings that differ from the defaults, the command, and what was measured."""
+    settings = {
+        name: value for name, value in asdict(trial.settings).items() if value != getattr(ModelSettings(), name)
+    }
+    words = ["python", "serve/repository.py", "--artefacts", str(artefacts)]
+    words += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return {"settings": settings, "command": shlex.join(words), "p99_budget_ms": p99_ms, "measured": asdict(load)}
+
+
 HEADINGS = (
     *("delay ms", "queue policy", "instances", "ready s", "first ms", "median ms"),
     *("clients", "img/s", "p50 ms", "p99 ms", "queue ms", "images in a pass", "CPU ms/img"),
@@ -209,9 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16], help="that ask at the same time")
     parser.add_argument("--tile_size", type=int, default=572, help="rows and columns of a tile")
     parser.add_argument("--seconds", type=float, default=8, help="for each number of clients")
+    parser.add_argument("--p99_ms", type=float, default=1000, help="99 of 100 answers must come within")
+    parser.add_argument("--out", type=Path, default=Path("suggested_profile.json"), help="file for what serves best")
     chosen = parser.parse_args(argv)
     if chosen.seconds <= 0 or min(chosen.clients) < 1:
         parser.error("--seconds must be positive, --clients at least 1")
+    trials = []
     say(f"| {' | '.join(HEADINGS)} |\n|{'---:|' * len(HEADINGS)}")
     for delay_us, size, instances in itertools.product(
         chosen.max_queue_delay_us, chosen.max_queue_size, chosen.instances
@@ -220,8 +263,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=chosen.threads, max_queue_delay_us=delay_us, max_queue_size=size, instances=instances
         )
         trial = try_out(chosen.artefacts, settings, chosen.clients, tile_size=chosen.tile_size, seconds=chosen.seconds)
+        trials.append(trial)
         for load in trial.loads:
             say(row(trial, load))
+    best = suggestion(*suggest(trials, chosen.p99_ms), chosen.p99_ms, chosen.artefacts)
+    write_json(chosen.out, best)
+    say(f"\n{best['measured']['img_per_s']:.1f} img/s within {chosen.p99_ms:g} ms ({chosen.out}): {best['command']}")
     return 0
 
 

@@ -70,6 +70,12 @@ def test_the_last_answers_of_many_at_a_time_come_one_by_one() -> None:
     assert "do not go with" in refusal(Load(572, 1, 4), 30.0, (30.0,), values, requests=100)
 
 
+def test_the_engine_takes_one_at_a_time_whatever_is_asked() -> None:
+    assert summarise("engine", Load(572, 1, 2), [Sample(4, 4.0, (1.0,) * 4)]).refused == ""
+    counts = ServerCounts(4, 4, 4, 0, 0, 0, 0)
+    assert "do not go with" in summarise("gRPC", Load(572, 1, 4), [Sample(90, 90.0, (1.0,) * 90, counts)]).refused
+
+
 def row_of(level: str, batch: int, rate: float, **changes: Any) -> Row:
     values = {"mean_ms": 1.0, "p50_ms": 1.0, "p90_ms": 1.5, "p95_ms": 2.0, "p99_ms": 3.0, **changes}
     return Row(level, changes.pop("tile_size", 572), batch, 1, rate, (rate, 2 * rate), 9, **values)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from serve.figures import main, speed_ratio
+from serve.repository import ModelSettings, publish
 from serve.triton_process import TritonServer
+from serve.triton_settings import ServerSettings
 
 
 def test_a_ratio_is_the_median_of_the_rounds() -> None:
@@ -31,6 +34,18 @@ def test_many_clients_get_their_own_answers(triton_server: TritonServer, tmp_pat
     found = json.loads((tmp_path / "soak.json").read_text())
     assert found["wrong"] == 0
     assert found["answers"] >= clients
+
+
+def test_servers_share_the_work(
+    triton_server: TritonServer, tiny_artefacts: Path, settings_for: Callable[..., ServerSettings], tmp_path: Path
+) -> None:
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8))
+    with TritonServer(settings_for(tmp_path / "models")) as second:
+        urls = [triton_server.settings.grpc_url, second.settings.grpc_url]
+        assert main(["servers", "--servers", *urls, "--rounds", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "servers.json").read_text())
+    assert found["servers"] == 2
+    assert found["ratio"] == pytest.approx(found["together_slices_per_s"] / found["one_slices_per_s"])
 
 
 @pytest.mark.slow

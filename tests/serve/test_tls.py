@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from serve.client import main
+from serve.connection import ClientError, Tls
 from serve.repository import ModelSettings, publish
+from serve.segmenter import Segmenter
 from serve.triton_control import control_of
 from serve.triton_install import TritonError
 from serve.triton_process import TritonServer
@@ -145,6 +149,58 @@ def test_anyone_else_is_refused(secured: Secured, who: str, tmp_path: Path) -> N
         client = connect(secured, secured.stranger if who == "stranger" else None)
     with client, pytest.raises(InferenceServerException, match="UNAVAILABLE"):
         client.get_model_config("unet", client_timeout=TIMEOUT_S)
+
+
+def tls_of(secured: Secured, pair: Pair | None, authority: Path | None = None) -> Tls:
+    return Tls(authority or secured.authority.cert, pair.cert if pair else None, pair.key if pair else None)
+
+
+@pytest.mark.parametrize("shared_memory", ["on", "off"])
+def test_our_client_segments_over_tls(
+    secured: Secured, triton_server: TritonServer, tmp_path: Path, shared_memory: str
+) -> None:
+    stack = np.random.default_rng(0).integers(0, 256, (3, 90, 130), np.uint8)
+    tifffile.imwrite(tmp_path / "volume.tif", stack, photometric="minisblack")
+    pair = secured.authority.issue("client")
+    line = [str(tmp_path / "volume.tif"), "--url", secured.server.settings.grpc_url, "--quiet", "--overwrite"]
+    line += ["--tls_ca", str(secured.authority.cert), "--tls_cert", str(pair.cert), "--tls_key", str(pair.key)]
+    assert main([*line, "--shared_memory", shared_memory]) == 0
+    with Segmenter(triton_server.settings.grpc_url) as plain:
+        expected = np.stack(list(plain.segment(stack)))
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "volume-probability.tif"), expected)
+
+
+@pytest.mark.parametrize(("who", "words"), [
+    ("nobody", "certificate"), ("stranger", "certificate"),
+    ("wrong server", r"CERTIFICATE_VERIFY_FAILED.*--tls_ca"), ("plain", "needs --tls_ca"),
+])  # fmt: skip
+def test_our_client_says_why_it_is_refused(secured: Secured, who: str, words: str, tmp_path: Path) -> None:
+    url, tls = secured.server.settings.grpc_url, None
+    if who == "wrong server":
+        tls = tls_of(secured, secured.authority.issue("client"), Authority(tmp_path / "third").cert)
+    elif who != "plain":
+        tls = tls_of(secured, secured.stranger if who == "stranger" else None)
+    with pytest.raises(ClientError, match=words):
+        Segmenter(url, timeout_s=TIMEOUT_S, tls=tls)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--tls_ca", "gone.pem"], "gone.pem cannot be read: No such file"),
+    (["--tls_ca", "empty.pem"], "empty.pem is no PEM file"),
+    (["--tls_ca", "ca.pem", "--tls_cert", "ca.pem"], "give both --tls_cert and --tls_key"),
+    (["--tls_key", "ca.pem"], "need --tls_ca"),
+])  # fmt: skip
+def test_certificates_that_cannot_be_used_are_a_sentence(
+    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.pem").touch()
+    Path("ca.pem").write_bytes(Authority(tmp_path / "ours").cert.read_bytes())
+    tifffile.imwrite("volume.tif", np.zeros((2, 64, 64), np.uint8), photometric="minisblack")
+    assert main(["volume.tif", "--url", "localhost:1", *flags]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
 
 
 def test_http_is_no_way_round(secured: Secured) -> None:
