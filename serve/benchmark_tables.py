@@ -158,8 +158,8 @@ def draw(folder: Path, rows: Sequence[Row]) -> None:
     found = [by_level([row for row in rows if not row.refused], load) for load in loads]
     throughput = {level: [_spread(one.get(level)) for one in found] for level in levels}
     latency = {level: [_tail(one.get(level)) for one in found] for level in levels}
-    _bars(folder / "throughput.png", names, throughput, "img/s; the line is the spread of the rounds")
-    _bars(folder / "latency.png", names, latency, "p50 of a request, ms; the line goes up to p99", log=True)
+    _chart(folder / "throughput.png", names, throughput, "img/s; the line is the spread of the rounds")
+    _chart(folder / "latency.png", names, latency, "p50 of a request, ms; the line goes up to p99", log=True)
 
 
 def _spread(row: Row | None) -> Bar:
@@ -174,7 +174,7 @@ def _tail(row: Row | None) -> Bar:
     return row.p50_ms, 0.0, max(0.0, row.p99_ms - row.p50_ms)
 
 
-def _bars(
+def _chart(
     path: Path,
     names: Sequence[str],
     series: Mapping[str, Sequence[Bar]],
@@ -182,7 +182,7 @@ def _bars(
     *,
     log: bool = False,
 ) -> None:
-    """Groups of bars, each with how far its line goes down and up."""
+    """Groups of bars, or of points on a logarithmic axis, each with how far its line goes down and up."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(max(7.0, 1.6 * len(names)), 4), layout="constrained")
@@ -191,11 +191,17 @@ def _bars(
     for index, (name, values) in enumerate(series.items()):
         heights, below, above = (np.array([value[part] for value in values]) for part in range(3))
         at = places + (index - (len(series) - 1) / 2) * width
-        axes.bar(at, heights, width, yerr=(below, above), label=name, error_kw={"elinewidth": 0.8})
+        reach = np.stack([below, above])
+        if log:
+            axes.errorbar(at, heights, yerr=reach, fmt="o", label=name)
+        else:
+            axes.bar(at, heights, width, yerr=reach, label=name, error_kw={"elinewidth": 0.8})
     axes.set_xticks(places, names)
     axes.set_ylabel(label)
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(axis="y", alpha=0.3)
     picture.legend(loc="outside upper center", ncols=len(series))
     with atomic_file(path) as aside:

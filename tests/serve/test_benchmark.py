@@ -124,12 +124,12 @@ def test_programs_find_the_rows_that_count() -> None:
 def test_charts_leave_out_what_was_refused(tmp_path: Path) -> None:
     rows = [row_of("engine", 1, 30.0), row_of("gRPC", 1, 1e9, refused="noise"), row_of("gRPC", 8, 25.0)]
     tables.draw(tmp_path, rows)
-    for name in ("throughput.png", "latency.png"):
+    # Bars and, beside the legend's, points.
+    for name, least in (("throughput.png", 5000), ("latency.png", 100)):
         picture = np.asarray(Image.open(tmp_path / name).convert("RGB"))
         assert picture.shape[1] > 500
-        # Bars of both colours: the refused one would have made all others too small to see.
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
-        assert (picture == (31, 119, 180)).all(-1).sum() > 1000
+        # Beside the refused one all others would be too small to see.
+        assert (picture == (31, 119, 180)).all(-1).sum() > least
 
 
 def test_the_meter_tells_our_own_work_from_others(triton_server: TritonServer) -> None:
