@@ -242,10 +242,10 @@ class Bench:
                 for size, (half, single) in tables.V100_IMG_PER_S.items()
             },
         }
+        write_json(out / "benchmark.json", values)
+        (out / "benchmark.md").write_text(text + "\n", encoding="utf-8")
         tables.write_csv(out / "benchmark.csv", self.rows)
         tables.draw(out, self.rows)
-        (out / "benchmark.md").write_text(text + "\n", encoding="utf-8")
-        write_json(out / "benchmark.json", values)
 
 
 def gpu_name() -> str:

@@ -152,7 +152,9 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> None:
-    """Draw ``throughput.png`` and ``latency.png``; a refused row is left out."""
+    """Draw ``throughput.png`` and ``latency.png``; a refused row is left out, and where all are nothing is drawn."""
+    if all(row.refused for row in rows):
+        return
     loads, levels = loads_of(rows), levels_of(rows)
     names = [f"{tile}, batch {batch}" + (f", {many} at a time" if many > 1 else "") for tile, batch, many in loads]
     found = [by_level([row for row in rows if not row.refused], load) for load in loads]

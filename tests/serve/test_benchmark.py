@@ -132,6 +132,11 @@ def test_charts_leave_out_what_was_refused(tmp_path: Path) -> None:
         assert (picture == (31, 119, 180)).all(-1).sum() > least
 
 
+def test_nothing_is_drawn_where_everything_was_refused(tmp_path: Path) -> None:
+    tables.draw(tmp_path, [row_of("engine", 1, 30.0, refused="noise"), row_of("gRPC", 8, 20.0, refused="noise")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_meter_tells_our_own_work_from_others(triton_server: TritonServer) -> None:
     url = triton_server.settings.grpc_url
     assert server_process(url) is not None
