@@ -63,7 +63,8 @@ def segment_task(place: Place, page: int, band: Band) -> int:
     turn = place.turns.get(str(_distributed().get_worker().address), 0)
     with ZarrStack(place.source) as volume, place.work.connect(turn) as segmenter:
         if repr(segmenter.interface) != place.interface:
-            raise ClientError(f"one of {', '.join(place.work.urls)} serves another model")
+            name = place.work.options["model_name"]
+            raise ClientError(f"one of {', '.join(place.work.urls)} serves another {name}")
         job = job_of(volume, place.plan, page, band)
         [(_, rows)] = segmenter.segment_bands([job], place.window)
         ZarrCanvas(place.store, volume, rows.dtype, chunk_rows=1, keep=True).write(page, band.row0, rows)

@@ -60,23 +60,33 @@ class Tls:
         key: its private key.
     """
 
-    ca: Path
-    cert: Path | None = None
-    key: Path | None = None
+    ca: str | Path
+    cert: str | Path | None = None
+    key: str | Path | None = None
 
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise TlsError("a client's certificate and its key go together: give both --tls_cert and --tls_key")
-        for path in filter(None, (self.ca, self.cert, self.key)):
+        self._check_files()
+
+    def _check_files(self) -> None:
+        for path in (self.ca, self.cert, self.key):
+            if path is None:
+                continue
             try:
-                text = path.read_bytes()
+                text = Path(path).read_bytes()
             except OSError as error:
                 raise TlsError(f"{path} cannot be read: {error.strerror}") from error
             if b"-----BEGIN " not in text:
                 raise TlsError(f"{path} is no PEM file: it must hold a line that starts with -----BEGIN")
 
     def options(self) -> dict[str, Any]:
-        """For tritonclient's gRPC client."""
+        """For tritonclient's gRPC client.
+
+        Raises:
+            TlsError: if a file cannot be read here, as on a Dask worker, which gets this object unchecked.
+        """
+        self._check_files()
         names = {"root_certificates": self.ca, "certificate_chain": self.cert, "private_key": self.key}
         return {"ssl": True, **{name: str(path) for name, path in names.items() if path is not None}}
 
@@ -111,14 +121,15 @@ class Connection:
         """Prepare to connect, which happens with the first call; encrypted if ``tls`` is given.
 
         Raises:
-            ClientError: if the address is malformed.
+            ClientError: if the address is malformed, or a file of ``tls`` cannot be read.
         """
         import tritonclient.grpc as grpc
 
         self.url, self.model_name, self.model_version, self.timeout_s = url, model_name, model_version, timeout_s
         self.grpc: Any = grpc
+        encryption = tls.options() if tls else {}
         try:
-            self.client: Any = grpc.InferenceServerClient(url, channel_args=_CHANNEL, **(tls.options() if tls else {}))
+            self.client: Any = grpc.InferenceServerClient(url, channel_args=_CHANNEL, **encryption)
         except Exception as error:  # a malformed address fails in several ways
             raise ClientError(f"{url} is not HOST:PORT of a gRPC server: {error}") from error
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ def test_our_client_segments_over_tls(
 
 
 @pytest.mark.parametrize(("who", "words"), [
-    ("nobody", "certificate"), ("stranger", "certificate"),
+    ("nobody", "wants a certificate"), ("stranger", "wants a certificate"),
     ("wrong server", r"CERTIFICATE_VERIFY_FAILED.*--tls_ca"), ("plain", "needs --tls_ca"),
 ])  # fmt: skip
 def test_our_client_says_why_it_is_refused(secured: Secured, who: str, words: str, tmp_path: Path) -> None:
@@ -201,6 +202,15 @@ def test_certificates_that_cannot_be_used_are_a_sentence(
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_a_file_that_is_missing_on_another_machine_is_a_sentence(tmp_path: Path) -> None:
+    """Certificates are named here and read there, as on a Dask worker."""
+    path = Authority(tmp_path / "ours").cert
+    sent = pickle.dumps(Tls(str(path)))
+    path.unlink()
+    with pytest.raises(ClientError, match=r"ca\.pem cannot be read: No such file"):
+        Segmenter("localhost:1", tls=pickle.loads(sent))
 
 
 def test_http_is_no_way_round(secured: Secured) -> None:
