@@ -35,7 +35,7 @@ from serve.slots import on_this_machine
 from unet.card import CARD_FILE, Card
 from unet.cpu_engine import load_engine
 from unet.errors import UnetError, command, say
-from unet.files import sha256_of, write_json
+from unet.files import atomic_file, sha256_of, write_json
 from unet.geometry import predict_tiled
 from unet.machine import usable_cores
 from unet.rounds import interleave, ratios, timed
@@ -243,7 +243,8 @@ class Bench:
             },
         }
         write_json(out / "benchmark.json", values)
-        (out / "benchmark.md").write_text(text + "\n", encoding="utf-8")
+        with atomic_file(out / "benchmark.md") as aside:
+            aside.write_text(text + "\n", encoding="utf-8")
         tables.write_csv(out / "benchmark.csv", self.rows)
         tables.draw(out, self.rows)
 
