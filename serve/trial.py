@@ -14,16 +14,15 @@ import shlex
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
-from serve.meter import ServerCounts, cpu_s
+from serve import levels
+from serve.meter import Meter
 from serve.repository import ModelSettings, publish
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
@@ -108,11 +107,11 @@ def try_out(
         http, grpc, metrics = free_ports(3)
         server = ServerSettings(folder / "models", folder / "log", folder / "state", http, grpc, metrics)
         started = time.perf_counter()
-        with TritonServer(server) as triton:
+        with TritonServer(server):
             ready_s = time.perf_counter() - started
             with _asker(server.grpc_url, settings.name, tile_size) as ask:
                 first_ms, *lone = (ask() for _ in range(1 + _LONE_REQUESTS))
-            loads = tuple(_load(triton, settings.name, count, tile_size, seconds) for count in clients)
+            loads = tuple(_load(server.grpc_url, settings.name, count, tile_size, seconds) for count in clients)
     return Trial(settings, ready_s, first_ms, statistics.median(lone), loads)
 
 
@@ -136,49 +135,16 @@ def _asker(url: str, model: str, tile_size: int) -> Iterator[Any]:
         yield ask
 
 
-def _load(server: TritonServer, model: str, clients: int, tile_size: int, seconds: float) -> Load:
-    url = server.settings.grpc_url
-    latencies_ms: list[float] = []
-    failures: list[Exception] = []
-    begin = threading.Barrier(clients + 1)
-    end = threading.Event()
-
-    def run() -> None:
-        with _asker(url, model, tile_size) as ask:
-            begin.wait()
-            try:
-                while not end.is_set():
-                    latencies_ms.append(ask())
-            except Exception as error:
-                failures.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    process = psutil.Process(server.pid)
-    before, cpu_before_s = _counts(url, model), cpu_s(process)
-    begin.wait()
-    started = time.perf_counter()
-    end.wait(seconds)
-    end.set()
-    for thread in threads:
-        thread.join()
-    wall_s = time.perf_counter() - started
-    taken_s = cpu_s(process) - cpu_before_s
-    if failures:
-        raise TrialError(f"a request failed while {clients} clients asked: {failures[0]}")
-    counts = _counts(url, model).since(before)
-    p50_ms, p99_ms = (float(value) for value in np.percentile(latencies_ms, (50, 99)))
-    rate = len(latencies_ms) / wall_s
+def _load(url: str, model: str, clients: int, tile_size: int, seconds: float) -> Load:
+    level = levels.TritonLevel(False, url, model, _TIMEOUT_S, Meter(url))
+    sample = level.measure(levels.Load(tile_size, 1, clients), seconds)
+    counts, cost = sample.server, sample.cost
+    if counts is None or cost is None or cost.server_cpu_s is None:
+        raise TrialError(f"the server at {url} cannot be seen among this machine's processes: run this as its user")
+    p50_ms, p99_ms = (float(value) * 1e3 for value in np.percentile(sample.latencies_s, (50, 99)))
     queue_ms, batch = counts.queue_ns / counts.requests / 1e6, counts.images / counts.passes
-    return Load(clients, rate, p50_ms, p99_ms, queue_ms, batch, taken_s / counts.images * 1e3)
-
-
-def _counts(url: str, model: str) -> ServerCounts:
-    from tritonclient import grpc
-
-    with grpc.InferenceServerClient(url) as client:
-        return ServerCounts.read(client, model)
+    cpu_ms = cost.server_cpu_s / counts.images * 1e3
+    return Load(clients, sample.img_per_s, p50_ms, p99_ms, queue_ms, batch, cpu_ms)
 
 
 def row(trial: Trial, load: Load) -> str:
