@@ -46,7 +46,7 @@ def convert(saved_model: str | os.PathLike[str]) -> onnx.ModelProto:
             inputs_as_nchw=[INPUT],
             outputs_as_nchw=[OUTPUT],
         )
-    _drop_last_reshape(model)
+    _drop_last_reshapes(model)
     _name_everything(model)
     check_graph(model, half=False)
     return model
@@ -77,17 +77,19 @@ def _copies_collected() -> Iterator[None]:
         gc.collect()
 
 
-def _drop_last_reshape(model: onnx.ModelProto) -> None:
-    """Remove the Reshape that stands for the transposition of a single plane, which is none."""
+def _drop_last_reshapes(model: onnx.ModelProto) -> None:
+    """Remove what stands at the end for the transposition of a single plane, which is none.
+
+    It is one Reshape, but for the times, one in hundreds, when tf2onnx leaves the four that it is made of: its
+    remover of such pairs goes through sets, in no order.
+    """
     graph = model.graph
-    last = graph.node[-1]
-    if last.op_type != "Reshape":
-        return
-    producer = next(node for node in graph.node if last.input[0] in node.output)
-    producer.output[0] = OUTPUT
-    for initializer in [i for i in graph.initializer if i.name == last.input[1]]:
-        graph.initializer.remove(initializer)
-    graph.node.remove(last)
+    producers = {output: node for node in graph.node for output in node.output}
+    last = producers[OUTPUT]
+    while last.op_type in ("Reshape", "Squeeze", "Unsqueeze"):
+        graph.node.remove(last)
+        last = producers[last.input[0]]
+    last.output[0] = OUTPUT
 
 
 def _name_everything(model: onnx.ModelProto) -> None:

@@ -21,6 +21,8 @@ SLICE_PX = 512
 PERCENTILES = (50, 90, 95, 99)
 # Little's law holds for means over the same stretch; the ends of a short one do not quite belong to it.
 _LITTLE_TOLERANCE = 0.2
+# The mean of equal latencies is one of them only up to the rounding of their sum.
+_ROUNDING = 1e-9
 # Largest over smallest rate of the rounds, from which on the machine was busy with something else in some of them.
 _LARGEST_SPREAD = 1.5
 # Of the cores, taken by processes that are neither ours nor the server's.
@@ -179,7 +181,7 @@ def refusal(
         requests: how many there were.
     """
     mean_ms, p99_ms = values.get("mean_ms"), values.get("p99_ms")
-    if mean_ms is not None and p99_ms is not None and mean_ms > p99_ms:
+    if mean_ms is not None and p99_ms is not None and mean_ms > p99_ms * (1 + _ROUNDING):
         return f"the mean latency, {mean_ms:.1f} ms, is beyond the 99th percentile, {p99_ms:.1f} ms"
     if mean_ms is not None:
         # Little's law: images under way = rate x time that each is under way. The last answers come one by one.

@@ -42,6 +42,16 @@ def test_the_graph_is_the_network_and_nothing_else(single: Any) -> None:
     assert {"down0_conv1/Conv", "up3_upconv/Conv", "up0_conv2/Relu", "logits/Conv"} <= set(names)
 
 
+def test_the_same_graph_comes_of_a_conversion_that_left_pairs_of_reshapes(
+    single: Any, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tf2onnx.optimizer.back_to_back_optimizer import _func_map
+
+    for pair in ("Squeeze", "Unsqueeze"), ("Reshape",):
+        monkeypatch.delitem(_func_map, pair)
+    assert convert(model_dir / "saved_model") == single
+
+
 def test_weights_are_stored_once(single: Any, model_dir: Path) -> None:
     convolutions = {name for node in single.graph.node if node.op_type == "Conv" for name in node.input[1:]}
     stored = sum(value.size for name, value in constants(single).items() if name in convolutions)
