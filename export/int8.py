@@ -11,7 +11,9 @@ import io
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from unet.cpu_engine import INPUT, IR_ENTRIES
 from unet.errors import UnetError
@@ -20,7 +22,6 @@ from unet.files import atomic_file
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -50,6 +51,7 @@ def quantise(model: Path, calibration: Sequence[NDArray[np.uint8]], path: Path) 
         raise QuantisationError("there are no tiles to calibrate INT8 on: name the training stacks with --data_dir")
     nncf.set_log_level(40)
     network = openvino.Core().read_model(model)
+    _cut_by_strides(network)
     data = nncf.Dataset([{INPUT: tile} for tile in calibration])
     # It draws bars whether or not somebody watches.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -60,3 +62,30 @@ def quantise(model: Path, calibration: Sequence[NDArray[np.uint8]], path: Path) 
             for name in IR_ENTRIES:
                 # A fixed time: the same network gives the same bytes.
                 packed.writestr(zipfile.ZipInfo(name), (Path(folder) / name).read_bytes())
+
+
+def _cut_by_strides(network: Any) -> None:
+    """Turn every Slice into the StridedSlice of the same elements.
+
+    NNCF takes a StridedSlice for what it is, a move of elements, and quantises a skip once, as it leaves its
+    convolution. Around a Slice it quantises what goes in and what comes out, so that the convolution writes four bytes
+    where one is due: a third of the time of a network of 16 filters.
+    """
+    from openvino import opset13
+
+    for node in network.get_ordered_ops():
+        if node.get_type_name() != "Slice":
+            continue
+        starts, stops, axes = (node.input_value(index).get_node().data for index in (1, 2, 4))
+        rank = len(node.output(0).get_partial_shape())
+        begin, end, keep_begin, keep_end = (np.zeros(rank, np.int64) for _ in range(4))
+        keep_begin[:] = keep_end[:] = 1
+        begin[axes], end[axes], keep_begin[axes] = starts, stops, 0
+        # ONNX says "to the end" by the largest integer.
+        keep_end[axes] = np.asarray(stops) == np.iinfo(np.int64).max
+        cut = opset13.strided_slice(
+            node.input_value(0), begin, end, np.ones(rank, np.int64), keep_begin.tolist(), keep_end.tolist()
+        )
+        cut.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(cut.output(0))
+    network.validate_nodes_and_infer_types()

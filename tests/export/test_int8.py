@@ -46,6 +46,20 @@ def test_it_computes_in_integers_and_stays_close(
     assert "Statistics" not in capsys.readouterr().out
 
 
+def test_a_skip_is_quantised_once_as_it_leaves_its_convolution(files: tuple[Path, Path, Path]) -> None:
+    import openvino
+
+    with zipfile.ZipFile(files[2]) as packed:
+        network = openvino.Core().read_model(packed.read("model.xml"), packed.read("model.bin"))
+    cuts = [node for node in network.get_ordered_ops() if node.get_friendly_name().endswith("_crop/Slice")]
+    assert len(cuts) == 4
+    for cut in cuts:
+        quantiser = cut.input_value(0).get_node()
+        readers = sorted(port.get_node().get_type_name() for port in quantiser.output(0).get_target_inputs())
+        assert (quantiser.get_type_name(), readers) == ("FakeQuantize", ["MaxPool", "StridedSlice"])
+        assert [port.get_node().get_type_name() for port in cut.output(0).get_target_inputs()] == ["Concat"]
+
+
 def test_it_is_considered_and_scored_like_every_other(
     files: tuple[Path, Path, Path], tiles: Tiles, reference: Any
 ) -> None:
