@@ -67,10 +67,10 @@ class ModelSettings:
             0 sets no limit.
         priority_levels: 1 is served first; 0 makes no difference between requests. With any of these three Triton 2.50
             stops preparing the next pass while an instance is at work, and with one instance some requests then wait
-            half a second: see docs/serving.md.
+            half a second: see ``queue_policy`` and docs/serving.md.
         instances: copies of the network on each GPU, or in all on a CPU; 0 decides by the machine that publishes.
-        threads: that each copy computes with on a CPU; 0 takes the cores of a memory node of the machine that serves.
-            Copies that compute with more than half of the cores take turns.
+        threads: that each copy computes with on a CPU; 0 shares out the cores of the machine that serves, see
+            ``core_shares``.
         response_cache: whether answers are kept for requests that come again; the server must be given room for them.
     """
 
@@ -122,10 +122,21 @@ class ModelSettings:
     def instance_count(self) -> int:
         """Copies of the network, decided if it was left open.
 
-        Two: on a GPU one copies while the other computes; on a CPU they take turns on all cores, and one takes a
-        request over while the other computes. More only where a CPU has more memory nodes, each with its own copy.
+        On a CPU one for each memory node: one copy on all cores of a node answers a lone request soonest. On a GPU two,
+        so that one copies while the other computes. With a queue policy at least two, since only a free instance makes
+        Triton's batcher look at a request at once.
         """
-        return self.instances or (2 if self.machine.on_gpu else max(2, numa_nodes()))
+        if self.instances:
+            return self.instances
+        return max(2 if self.machine.on_gpu else numa_nodes(), 2 if self.queue_policy else 1)
+
+    @property
+    def core_shares(self) -> int:
+        """Instances that the cores of a CPU are shared out among.
+
+        The one that a queue policy adds is there to be idle, and takes no cores from a lone request.
+        """
+        return self.instances or numa_nodes()
 
 
 def engine_file(card: Card, settings: ModelSettings) -> Path:
@@ -190,6 +201,7 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
     if not machine.on_gpu:
         parameters["engine"] = f"{card.engine.kind} {card.engine.precision}"
         parameters["threads"] = str(settings.threads)
+        parameters["core_shares"] = str(settings.core_shares)
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     return config

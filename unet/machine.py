@@ -1,8 +1,7 @@
-"""What of this machine a process may use: cores after affinity and limits, the sockets they lie on, and when."""
+"""What of this machine a process may use: cores after affinity and container limits, and the sockets they lie on."""
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 from pathlib import Path
@@ -60,21 +59,3 @@ def _cores(listing: str) -> set[int]:
         first, _, last = part.partition("-")
         cores |= set(range(int(first), int(last or first) + 1))
     return cores
-
-
-class Turn:
-    """What at most one of a parent's child processes holds at a time, in a ``with``; whoever dies gives it back.
-
-    Raises:
-        OSError: there is no ``/proc``.
-    """
-
-    def __init__(self) -> None:
-        # The parent's entry is one file to all its children and to nobody else's, and leaves nothing behind.
-        self._file = os.open(f"/proc/{os.getppid()}/stat", os.O_RDONLY | os.O_CLOEXEC)
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.dont_write_bytecode = True
 from unet.card import Card  # noqa: E402
 from unet.cpu_engine import load_engine  # noqa: E402
 from unet.errors import UnetError  # noqa: E402
-from unet.machine import Turn, numa_nodes, usable_cores  # noqa: E402
+from unet.machine import usable_cores  # noqa: E402
 
 
 class TritonPythonModel:
@@ -31,9 +30,6 @@ class TritonPythonModel:
         card = Card.load(folder)
         threads = _threads(json.loads(args["model_config"]))
         self._engine = load_engine(card, threads)
-        # One copy takes the next request over from Triton while the other computes; two that compute with all cores at
-        # once only get in each other's way.
-        self._turn = Turn() if threads > usable_cores() // 2 else contextlib.nullcontext()
         pb_utils.Logger.log_info(
             f"{args['model_name']} version {args['model_version']}: {self._engine.choice}, {threads} threads"
         )
@@ -48,8 +44,7 @@ class TritonPythonModel:
         for members in sizes.values():
             try:
                 batch = images[members[0]] if len(members) == 1 else np.concatenate([images[i] for i in members])
-                with self._turn:
-                    output = self._engine.infer(batch)
+                output = self._engine.infer(batch)
             except (UnetError, MemoryError, RuntimeError) as error:
                 ours = not isinstance(error, UnetError)
                 code = pb_utils.TritonError.INTERNAL if ours else pb_utils.TritonError.INVALID_ARG
@@ -66,6 +61,6 @@ class TritonPythonModel:
 
 
 def _threads(config: dict[str, Any]) -> int:
-    """The configured threads, or the cores of one memory node of those that the process may use."""
-    threads = int(config["parameters"]["threads"]["string_value"])
-    return threads or max(1, usable_cores() // numa_nodes())
+    """The configured threads, or this instance's share of the cores that the process may use."""
+    parameters = {name: int(config["parameters"][name]["string_value"]) for name in ("threads", "core_shares")}
+    return parameters["threads"] or max(1, usable_cores() // parameters["core_shares"])

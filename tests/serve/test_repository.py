@@ -52,14 +52,15 @@ def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Pat
     assert config.dynamic_batching.max_queue_delay_microseconds == 250
     policy = config.dynamic_batching.default_queue_policy
     assert (policy.max_queue_size, policy.allow_timeout_override) == (7, True)
-    copies = max(2, numa_nodes())
-    assert [(group.kind, group.count) for group in config.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, copies)]
+    # With a queue limit only a free instance makes the batcher look at a request at once.
+    assert [(group.kind, group.count) for group in config.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, 2)]
     assert config.version_policy.latest.num_versions == 1
     assert {name: value.string_value for name, value in config.parameters.items()} == {
         "tile_sizes": "204,252",
         "profile": "cpu",
         "engine": "onnxruntime f32",
         "threads": "3",
+        "core_shares": str(numa_nodes()),
         "card_sha256": sha256_of(tiny_artefacts / "card.json"),
     }
     assert [list(warmup.inputs["image"].dims) for warmup in config.model_warmup] == [[1, 204, 204], [1, 252, 252]]

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import os
-import select
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from unet.machine import Turn, numa_nodes, usable_cores
+from unet.machine import numa_nodes, usable_cores
 
 ALLOWED = len(os.sched_getaffinity(0))
 
@@ -48,41 +45,3 @@ def test_memory_nodes_count_where_this_process_may_run(tmp_path: Path) -> None:
         (tmp_path / f"node{number}").mkdir()
         (tmp_path / f"node{number}" / "cpulist").write_text(f"{listing}\n")
     assert numa_nodes(tmp_path) == 2
-
-
-TAKE_TURNS = """
-import os, sys, time
-from unet.machine import Turn
-
-turn = Turn()
-for _ in range(50):
-    with turn:
-        # A marker that another holder would find, or remove too early.
-        marker = os.open(sys.argv[1], os.O_CREAT | os.O_EXCL)
-        os.sched_yield()
-        os.close(marker)
-        os.unlink(sys.argv[1])
-"""
-
-
-def test_children_of_one_process_take_turns(tmp_path: Path) -> None:
-    line = [sys.executable, "-c", TAKE_TURNS, str(tmp_path / "marker")]
-    children = [subprocess.Popen(line) for _ in range(4)]
-    assert [child.wait(60) for child in children] == [0] * 4
-
-
-def test_a_turn_ends_with_its_holder_and_waits_for_no_other_parents_children() -> None:
-    hold = "from unet.machine import Turn; Turn().__enter__(); print('held', flush=True); input()"
-    line = [sys.executable, "-c", hold]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with Turn():  # whose parent is another
-            pass
-        next_one = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        with next_one:
-            assert next_one.stdout is not None
-            assert not select.select([next_one.stdout], [], [], 1.0)[0]
-            holder.kill()
-            assert next_one.stdout.readline() == "held\n"
-            next_one.kill()
