@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     how.add_argument("--tta", action="store_true", help="mean of eight turned and mirrored views; eight times as long")
     how.add_argument("--batch_size", type=int, default=1, help="tiles of a slice in one request (default: %(default)s)")
-    how.add_argument("--in_flight", type=int, default=2, help="requests under way at a time (default: %(default)s)")
+    how.add_argument("--in_flight", type=int, default=4, help="requests under way at a time (default: %(default)s)")
     how.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster that segments an OME-Zarr volume")
     where = parser.add_argument_group("where the model is served")
     where.add_argument(

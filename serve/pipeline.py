@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # Of pixels that are read at once where nothing else bounds it.
 _BLOCK_PX = 2**22
+_PICTURE = "picture.png"
 # Computes the bands that are missing in a run's store.
 Filler = Callable[["Run", "list[tuple[int, Band]]"], None]
 
@@ -235,10 +237,10 @@ def _work(
             stack.callback(outputs[-1].close)
         run = Run(volume, window, plan, bands, partial, store, outputs)
         recalled = _produce(segmenter, run, request, fill)
-        if request.picture_slice is not None:
-            _draw(run, targets["picture"], request)
     for output in outputs:
         output.publish()
+    if request.picture_slice is not None:
+        os.replace(partial.folder / _PICTURE, targets["picture"])
     return recalled, targets
 
 
@@ -265,8 +267,8 @@ def _store(volume: Volume, partial: Partial, dtype: np.dtype[Any], bands: tuple[
 class _Delivery:
     """Hands bands to the outputs and keeps the bar."""
 
-    def __init__(self, run: Run, bar: Any) -> None:
-        self._run, self._bar = run, bar
+    def __init__(self, run: Run, request: Request, bar: Any) -> None:
+        self._run, self._request, self._bar = run, request, bar
         self._left = dict.fromkeys(range(len(run.volume)), len(run.bands))
 
     def __call__(self, page: int, band: Band, rows: npt.NDArray[Any]) -> None:
@@ -276,6 +278,9 @@ class _Delivery:
         if self._left[page] == 0:
             for output in self._run.outputs:
                 output.finish_page(page, self._run.store)
+            # Now rather than at the end: the server is at work on others.
+            if page == self._request.picture_slice:
+                _draw(self._run, page, self._request.threshold)
         self._bar.update()
 
     def recall(self, units: Iterable[tuple[int, Band]]) -> list[tuple[int, Band]]:
@@ -296,7 +301,7 @@ def _produce(segmenter: Segmenter, run: Run, request: Request, fill: Filler | No
     unit = "slice" if len(run.bands) == 1 else "band"
     disable = True if request.quiet else None
     with tqdm(total=total, unit=unit, desc=run.volume.path.name, disable=disable) as bar:
-        deliver = _Delivery(run, bar)
+        deliver = _Delivery(run, request, bar)
         missing = deliver.recall(run.units())
         # The bar's rate and time are of what is computed now.
         bar.initial = total - len(missing)
@@ -319,10 +324,8 @@ def job_of(volume: Volume, plan: TilePlan, page: int, band: Band) -> Job:
     return Job(page, band, plan.tile_size, image, band.read0, volume.height)
 
 
-def _draw(run: Run, path: Path, request: Request) -> None:
-    """Draw one slice, by strips if it is large."""
-    page = request.picture_slice
-    assert page is not None
+def _draw(run: Run, page: int, threshold: float) -> None:
+    """Draw one slice beside the results so far, by strips if it is large."""
     height, width = run.volume.height, run.volume.width
     factor = shrink_factor(height, width)
     step = max(1, _BLOCK_PX // (width * factor)) * factor
@@ -334,4 +337,4 @@ def _draw(run: Run, path: Path, request: Request) -> None:
         shrunk = shrink(image, probability, factor)
         images.append(shrunk[0])
         probabilities.append(shrunk[1])
-    overlay_png(path, np.concatenate(images), np.concatenate(probabilities), request.threshold)
+    overlay_png(run.partial.folder / _PICTURE, np.concatenate(images), np.concatenate(probabilities), threshold)

@@ -95,7 +95,7 @@ class Segmenter:
         patience_s: float = 30.0,
         shared_memory: str = "auto",
         batch_size: int = 1,
-        in_flight: int = 2,
+        in_flight: int = 4,
         tta: bool = False,
         tls: Tls | None = None,
     ) -> None:

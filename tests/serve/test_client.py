@@ -388,7 +388,7 @@ def test_an_interrupted_client_leaves_no_shared_memory(url: str, number: int) ->
         "import sys, numpy as np; from serve.client import Segmenter; from unet.errors import command\n"
         "@command\n"
         "def main(argv=None):\n"
-        "    with Segmenter(sys.argv[1], shared_memory='on') as segmenter:\n"
+        "    with Segmenter(sys.argv[1], shared_memory='on', in_flight=2) as segmenter:\n"
         "        for _ in segmenter.segment(np.zeros((60, 60), np.uint8) for _ in range(10**9)):\n"
         "            print('going', flush=True)\n"
         "sys.exit(main())\n"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from serve import bands as bands_module
 from serve.bands import bands_of, turned, turned_back
 from serve.client import Segmenter, main
-from serve.outputs import Output, OutputSettings, target_of
+from serve.outputs import Output, OutputSettings, target_of, to_float32
 from serve.resume import RawStore
 from serve.triton_process import TritonServer
 from unet.geometry import plan_tiles
@@ -266,3 +266,11 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(
     assert not (tmp_path / "v-probability.tif").exists()
     assert main([str(source), "--url", url, "--resume", "--quiet"]) == 0
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "v-probability.tif"), expected(images))
+
+
+def test_every_half_number_becomes_itself() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    for view in (halves, halves.T, halves[::3, 1::2]):
+        np.testing.assert_array_equal(to_float32(view).view(np.uint32), view.astype(np.float32).view(np.uint32))
+    singles = halves.astype(np.float32)
+    assert to_float32(singles) is singles

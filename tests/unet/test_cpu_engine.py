@@ -52,11 +52,12 @@ def tiles(count: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.ui
     return np.random.default_rng(height).integers(0, 256, (count, 1, height, width), dtype=np.uint8)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_sizes_and_batches_follow_each_other_on_one_engine(model: Path, choice: EngineChoice) -> None:
-    engine = CpuEngine(model, choice, threads=1)
+def test_sizes_and_batches_follow_each_other_on_one_engine(model: Path, choice: EngineChoice, threads: int) -> None:
+    engine = CpuEngine(model, choice, threads)
     earlier = []
-    for count, height, width in ((1, 188, 188), (3, 204, 188), (2, 572, 700), (1, 188, 188)):
+    for count, height, width in ((1, 188, 188), (3, 204, 188), (4, 204, 188), (2, 572, 700), (1, 188, 188)):
         image = tiles(count, height, width)
         output = engine.infer(image)
         assert output.dtype == np.float16
