@@ -50,8 +50,7 @@ def quantise(model: Path, calibration: Sequence[NDArray[np.uint8]], path: Path) 
     if not calibration:
         raise QuantisationError("there are no tiles to calibrate INT8 on: name the training stacks with --data_dir")
     nncf.set_log_level(40)
-    network = openvino.Core().read_model(model)
-    _cut_by_strides(network)
+    network = prepared(model)
     data = nncf.Dataset([{INPUT: tile} for tile in calibration])
     # It draws bars whether or not somebody watches.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -62,6 +61,17 @@ def quantise(model: Path, calibration: Sequence[NDArray[np.uint8]], path: Path) 
             for name in IR_ENTRIES:
                 # A fixed time: the same network gives the same bytes.
                 packed.writestr(zipfile.ZipInfo(name), (Path(folder) / name).read_bytes())
+
+
+def prepared(model: Path) -> Any:
+    """The network of an ONNX file as OpenVINO's model: the same function, in the form that quantises best."""
+    import openvino
+
+    network = openvino.Core().read_model(model)
+    _cut_by_strides(network)
+    _convolve_up(network)
+    network.validate_nodes_and_infer_types()
+    return network
 
 
 def _cut_by_strides(network: Any) -> None:
@@ -88,4 +98,35 @@ def _cut_by_strides(network: Any) -> None:
         )
         cut.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(cut.output(0))
-    network.validate_nodes_and_infer_types()
+
+
+def _convolve_up(network: Any) -> None:
+    """Turn every 1x1 convolution with depth-to-space back into the 2x2 transposed convolution that it stands for.
+
+    OpenVINO computes that in one go in 8-bit integers, 5 % of the time of a network of 16 filters.
+    """
+    from openvino import opset13
+
+    for node in network.get_ordered_ops():
+        if node.get_type_name() != "DepthToSpace":
+            continue
+        biased = node.input_value(0).get_node()
+        convolution = biased.input_value(0).get_node()
+        weights, bias = _constant(convolution.input_value(1)), _constant(biased.input_value(1))
+        # The output's channel c of row r and column k, of two each, is the convolution's channel (2 r + k) C + c.
+        channels = len(weights) // 4
+        kernel = weights.reshape(2, 2, channels, -1).transpose(3, 2, 0, 1)
+        up = opset13.convolution_backprop_data(convolution.input_value(0), np.ascontiguousarray(kernel), [2, 2])
+        up.set_friendly_name(convolution.get_friendly_name())
+        # The bias is repeated for the four pixels.
+        summed = opset13.add(up, bias.ravel()[:channels].reshape(1, channels, 1, 1))
+        summed.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(summed.output(0))
+
+
+def _constant(port: Any) -> NDArray[np.float32]:
+    """The constant that an input is, or is made of by changes of shape."""
+    node = port.get_node()
+    while node.get_type_name() != "Constant":
+        node = node.input_value(0).get_node()
+    return np.array(node.data)

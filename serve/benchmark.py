@@ -30,8 +30,8 @@ from serve.levels import EngineLevel, Infer, Level, Load, PerfAnalyzerLevel, Tri
 from serve.meter import Meter
 from serve.perf_analyzer import PerfAnalyzer, PerfAnalyzerError
 from serve.pipeline import Request, segment_volume
-from serve.segmenter import SHARED_MEMORY, Segmenter
-from serve.slots import on_this_machine
+from serve.segmenter import Segmenter
+from serve.slots import SHARED_MEMORY, Slot, slot_for
 from unet.card import CARD_FILE, Card
 from unet.cpu_engine import load_engine
 from unet.errors import UnetError, command, say
@@ -130,11 +130,11 @@ class Bench:
         where = chosen.url, chosen.model_name, chosen.timeout_s
         meter = Meter(chosen.url)
         levels: list[Level] = [] if infer is None else [EngineLevel(infer, meter)]
-        levels.append(TritonLevel(False, *where, meter))
+        levels.append(TritonLevel(Slot, *where, meter))
+        kind = slot_for(chosen.url, chosen.shared_memory)
         # What came down to sending would be the former level once more.
-        shared = chosen.shared_memory == "on" or (chosen.shared_memory == "auto" and on_this_machine(chosen.url))
-        if shared:
-            levels.append(TritonLevel(True, *where, meter))
+        if kind is not Slot:
+            levels.append(TritonLevel(kind, *where, meter))
         if not chosen.no_perf_analyzer:
             try:
                 analyzer = PerfAnalyzer(chosen.out)
@@ -142,7 +142,7 @@ class Bench:
                 self.not_measured[PerfAnalyzerLevel.name] = str(error)
             else:
                 timeout_s = 2 * chosen.timeout_s
-                levels.append(PerfAnalyzerLevel(analyzer, shared, *where[:2], timeout_s, meter))
+                levels.append(PerfAnalyzerLevel(analyzer, kind, *where[:2], timeout_s, meter))
         return levels
 
     def _measure(self, levels: Sequence[Level], load: Load, bar: Any) -> None:

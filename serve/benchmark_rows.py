@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serve.levels import GRPC, SHARED
+from serve.levels import WAYS
 from serve.perf_analyzer import COLUMNS
 from unet.geometry import plan_tiles
 from unet.machine import usable_cores
@@ -101,7 +101,7 @@ def lone_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     Those with shared memory, or, where there are none, those with pixels sent; a refused row is left out.
     """
     rows = [row for row in record["rows"] if row["concurrency"] == 1 and not row["refused"]]
-    for level in (SHARED, GRPC):
+    for level in WAYS.values():
         found = [row for row in rows if row["level"] == level]
         if found:
             return [row for row in found if row["tile_size"] == found[0]["tile_size"]]

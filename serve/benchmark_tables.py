@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serve.levels import GRPC, SHARED, EngineLevel
+from serve.levels import WAYS, EngineLevel
 from serve.perf_analyzer import COLUMNS
 from unet.files import atomic_file
 from unet.rounds import ratios
@@ -122,13 +122,13 @@ def v100_table(rows: Sequence[Row], gpu: str) -> str:
     lines = []
     for size, (half, single) in V100_IMG_PER_S.items():
         cells = []
-        for level in (EngineLevel.name, SHARED, GRPC):
+        for level in (EngineLevel.name, *WAYS.values()):
             row = by_level(rows, (V100_TILE, size, 1)).get(level)
             measured = row is not None and not row.refused and "V100" in gpu
             cells.append(figure(row.img_per_s, 2) if row is not None and measured else NOT_MEASURED)
         lines.append([str(size), half, single, *cells])
     head = ["batch", "reference TF-AMP, img/s", "reference FP32, img/s"]
-    return markdown([*head, "our plan alone", "through Triton, shared memory", "through Triton, gRPC"], lines)
+    return markdown([*head, "our plan alone", *(f"through Triton, {way}" for way in WAYS.values())], lines)
 
 
 def refusals(rows: Sequence[Row]) -> list[str]:

@@ -14,7 +14,8 @@ from serve.bands import bands_of
 from serve.connection import ClientError, DeadlineError, ServerBusyError, ServerGoneError, Tls, TlsError
 from serve.outputs import KINDS, LABEL_DTYPES
 from serve.pipeline import Filler, Request, Summary, open_volume, segment_volume
-from serve.segmenter import SHARED_MEMORY, Segmenter
+from serve.segmenter import Segmenter
+from serve.slots import SHARED_MEMORY
 from unet.errors import command, say
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from serve.connection import (
     ServerGoneError,
     Tls,
 )
-from serve.slots import Shape, Slot, make_slots, on_this_machine
+from serve.slots import Shape, Slot, make_slots, slot_for
 from unet.processes import signals_held_back
 
 _FINISH_TIMEOUT_S = 2.0
@@ -50,7 +50,7 @@ class Settings:
         model_version: its version; empty for the newest.
         timeout_s: longest wait for one answer.
         patience_s: how long a server that went away is waited for.
-        shared_memory: "auto", "on" or "off".
+        shared_memory: "auto", "on", "off" or "cuda".
         in_flight: requests under way at a time.
         tls: for an encrypted connection; None for a plain one.
     """
@@ -285,9 +285,9 @@ class Dispatcher:
 
     def make_slots(self, count: int, shape: Shape) -> list[Slot]:
         """Room for ``count`` requests of a shape, in shared memory where it may be."""
-        insist = self.settings.shared_memory == "on"
-        shared = insist or (self.settings.shared_memory == "auto" and on_this_machine(self.connection.url))
-        return make_slots(self.connection, count, shape, shared=shared, insist=insist)
+        chosen = self.settings.shared_memory
+        kind = slot_for(self.connection.url, chosen)
+        return make_slots(self.connection, count, shape, kind, insist=chosen != "auto")
 
     def _prepare(self, shape: Shape) -> None:
         """Make the slots that requests of this shape travel in."""

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
@@ -26,6 +27,7 @@ import numpy.typing as npt
 import psutil
 import tifffile
 
+from serve.connection import ClientError
 from serve.pipeline import Request, segment_volume
 from serve.segmenter import Segmenter
 from unet.errors import UnetError, command, say
@@ -198,6 +200,7 @@ def soak(chosen: Any) -> dict[str, Any]:
         raise FigureError("two inputs have one answer, and swapped ones would go unnoticed: serve a trained network")
     until, lock = time.monotonic() + chosen.seconds, threading.Lock()
     counts = {"answers": 0, "wrong": 0}
+    gave_up: Counter[str] = Counter()
     process = psutil.Process()
     rss: list[float] = []
 
@@ -216,14 +219,18 @@ def soak(chosen: Any) -> dict[str, Any]:
 
     with ThreadPoolExecutor(chosen.clients) as pool:
         for future in [pool.submit(client, index) for index in range(chosen.clients)]:
-            future.result()
+            try:
+                future.result()
+            except ClientError as error:  # what the others found still counts
+                gave_up[str(error)] += 1
     third = len(rss) // 3
     return {
         "clients": chosen.clients,
         "seconds": chosen.seconds,
         **counts,
-        "rss_mib_second_third": max(rss[third : 2 * third]),
-        "rss_mib_last_third": max(rss[2 * third :]),
+        "gave_up": dict(gave_up),
+        "rss_mib_second_third": max(rss[third : 2 * third], default=0.0),
+        "rss_mib_last_third": max(rss[2 * third :], default=0.0),
     }
 
 

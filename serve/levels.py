@@ -17,13 +17,14 @@ import numpy.typing as npt
 from serve.connection import ClientError, Connection, Interface
 from serve.meter import Cost, Meter, ServerCounts
 from serve.perf_analyzer import PerfAnalyzer, PerfRow
-from serve.slots import make_slots
+from serve.slots import CudaSlot, SharedSlot, Slot, make_slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Infer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float16]]
-GRPC, SHARED = "gRPC", "shared memory"
+# Levels by the kind of room that their requests travel in, the fastest first.
+WAYS = {CudaSlot: "CUDA shared memory", SharedSlot: "shared memory", Slot: "gRPC"}
 # A level that is too slow for the wanted seconds still answers so many requests.
 _LEAST_REQUESTS = 2
 
@@ -109,16 +110,16 @@ class TritonLevel:
     """Triton by tritonclient's gRPC, the pixels sent or in shared memory.
 
     Args:
-        shared: whether pixels are in shared memory.
+        kind: of room that pixels travel in.
         url: the server's address.
         model: the served model.
         timeout_s: longest wait for an answer.
         meter: of that server.
     """
 
-    def __init__(self, shared: bool, url: str, model: str, timeout_s: float, meter: Meter) -> None:
-        self.name = SHARED if shared else GRPC
-        self._shared, self._url, self._model, self._timeout_s = shared, url, model, timeout_s
+    def __init__(self, kind: type[Slot], url: str, model: str, timeout_s: float, meter: Meter) -> None:
+        self.name = WAYS[kind]
+        self._kind, self._url, self._model, self._timeout_s = kind, url, model, timeout_s
         self._meter = meter
 
     def measure(self, load: Load, seconds: float) -> Sample:
@@ -174,7 +175,7 @@ class TritonLevel:
         connection = Connection(self._url, self._model, "", self._timeout_s)
         try:
             shape = (images.shape[0], images.shape[1], images.shape[2], images.shape[3])
-            slot = make_slots(connection, 1, shape, shared=self._shared, insist=self._shared)[0]
+            slot = make_slots(connection, 1, shape, self._kind, insist=True)[0]
             try:
 
                 def send() -> None:
@@ -194,7 +195,7 @@ class PerfAnalyzerLevel:
 
     Args:
         analyzer: the program.
-        shared: whether its pixels are in shared memory.
+        kind: of room that its pixels travel in.
         url: the server's address.
         model: the served model.
         timeout_s: longest run.
@@ -204,11 +205,11 @@ class PerfAnalyzerLevel:
     name = "perf_analyzer"
 
     def __init__(
-        self, analyzer: PerfAnalyzer, shared: bool, url: str, model: str, timeout_s: float, meter: Meter
+        self, analyzer: PerfAnalyzer, kind: type[Slot], url: str, model: str, timeout_s: float, meter: Meter
     ) -> None:
-        self._analyzer, self._shared, self._url, self._model = analyzer, shared, url, model
+        self._analyzer, self._memory, self._url, self._model = analyzer, kind.memory, url, model
         self._timeout_s, self._meter = timeout_s, meter
-        self._ours = TritonLevel(shared, url, model, timeout_s, meter)
+        self._ours = TritonLevel(kind, url, model, timeout_s, meter)
         self._rates: dict[Load, float] = {}
 
     def measure(self, load: Load, seconds: float) -> Sample:
@@ -230,7 +231,7 @@ class PerfAnalyzerLevel:
                 load.tile_size,
                 concurrency=load.concurrency,
                 requests=max(_LEAST_REQUESTS, load.concurrency, round(wanted)),
-                shared_memory=self._shared,
+                memory=self._memory,
                 timeout_s=self._timeout_s,
             )
         wall_s = time.perf_counter() - started

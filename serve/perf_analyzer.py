@@ -91,7 +91,7 @@ class PerfAnalyzer:
         tile_size: int,
         *,
         requests: int,
-        shared_memory: bool,
+        memory: str,
         concurrency: int = 1,
         timeout_s: float = 600.0,
     ) -> PerfRow:
@@ -105,7 +105,7 @@ class PerfAnalyzer:
             batch_size: images in a request.
             tile_size: rows and columns of an image.
             requests: in each of its measurement windows.
-            shared_memory: whether images travel in system shared memory.
+            memory: that images travel in: "none", "system" or "cuda".
             concurrency: requests at a time.
             timeout_s: longest run.
 
@@ -118,9 +118,9 @@ class PerfAnalyzer:
         words += ["--concurrency-range", str(concurrency), "--measurement-mode", "count_windows"]
         words += ["--measurement-request-count", str(requests)]
         words += ["--max-trials", str(_MOST_WINDOWS), "-f", str(report)]
-        if shared_memory:
+        if memory != "none":
             size = batch_size * output_size(tile_size) ** 2 * 2
-            words += ["--shared-memory", "system", "--output-shared-memory-size", str(size)]
+            words += ["--shared-memory", memory, "--output-shared-memory-size", str(size)]
         self._reports.mkdir(parents=True, exist_ok=True)
         for percent in _STABILITY_PERCENT:
             report.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from serve.bands import Job, band_of, turned, turned_back
 from serve.connection import ClientError
 from serve.dispatch import Batch, Dispatcher, Settings, addresses
+from serve.slots import SHARED_MEMORY
 from unet.geometry import HALO, TilePlan, cheapest_tile_size, gather, mirrored_indices, plan_tiles
 from unet.intensity import Window, to_uint8
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from serve.connection import Interface, Tls
     from unet.geometry import Tile
 
-SHARED_MEMORY = ("auto", "on", "off")
 VIEWS = 8
 # A float16 of at most 1 is a whole multiple of this, so that sums of them are exact and their order does not matter.
 _STEPS = 2**24
@@ -108,7 +108,7 @@ class Segmenter:
             timeout_s: longest wait for one answer.
             patience_s: how long a server that went away is waited for.
             shared_memory: "auto" hands pixels over in shared memory where the server is on this machine and takes it;
-                "on" insists, "off" sends them.
+                "on" insists, "off" sends them, "cuda" insists on memory of the GPU that both sides use.
             batch_size: tiles of one slice in one request, at most.
             in_flight: requests under way at a time.
             tta: test-time augmentation: the mean of the answers to eight views of each tile, turned and mirrored;
@@ -154,7 +154,7 @@ class Segmenter:
     @property
     def uses_shared_memory(self) -> bool:
         """Whether pixels travel in shared memory; known once a slice was segmented."""
-        return bool(self._dispatcher.slots) and self._dispatcher.slots[0].shared
+        return bool(self._dispatcher.slots) and self._dispatcher.slots[0].memory != "none"
 
     def plan(self, height: int, width: int) -> TilePlan:
         """The cheapest cover of a slice that the served model allows."""

@@ -24,6 +24,7 @@ import numpy as np
 from serve import levels
 from serve.meter import Meter
 from serve.repository import ModelSettings, publish
+from serve.slots import Slot
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
 from unet.errors import UnetError, command, say
@@ -136,7 +137,7 @@ def _asker(url: str, model: str, tile_size: int) -> Iterator[Any]:
 
 
 def _load(url: str, model: str, clients: int, tile_size: int, seconds: float) -> Load:
-    level = levels.TritonLevel(False, url, model, _TIMEOUT_S, Meter(url))
+    level = levels.TritonLevel(Slot, url, model, _TIMEOUT_S, Meter(url))
     sample = level.measure(levels.Load(tile_size, 1, clients), seconds)
     counts, cost = sample.server, sample.cost
     if counts is None or cost is None or cost.server_cpu_s is None:

@@ -10,7 +10,7 @@ import tifffile
 
 from export.engine_choice import SAVED_MODEL_NAME, SINGLE_NAME, choose_engine
 from export.graph import write_model
-from export.int8 import QuantisationError, quantise
+from export.int8 import QuantisationError, prepared, quantise
 from export.main import main
 from export.parity import ParityError
 from export.scoring import Judge, ScoredSlices
@@ -44,6 +44,23 @@ def test_it_computes_in_integers_and_stays_close(
         found, due = engine.infer(batch).astype(np.float32), exact.infer(batch).astype(np.float32)
         assert 0 < np.abs(found - due).mean() < 0.05
     assert "Statistics" not in capsys.readouterr().out
+
+
+def test_what_is_quantised_is_the_same_function(single: Any, tiles: Tiles, tmp_path: Path) -> None:
+    import openvino
+
+    write_model(single, tmp_path / "model.onnx")
+    core = openvino.Core()
+    networks = core.read_model(tmp_path / "model.onnx"), prepared(tmp_path / "model.onnx")
+    for batch in tiles.batches:
+        due, found = (
+            core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({"image": batch})["probability"]
+            for network in networks
+        )
+        # One step of float16 below 1.
+        np.testing.assert_allclose(found.astype(np.float32), due.astype(np.float32), atol=2**-11)
+    kinds = {node.get_type_name() for node in networks[1].get_ordered_ops()}
+    assert not kinds & {"Slice", "DepthToSpace"}
 
 
 def test_a_skip_is_quantised_once_as_it_leaves_its_convolution(files: tuple[Path, Path, Path]) -> None:

@@ -101,7 +101,7 @@ def test_only_a_v100_fills_the_table_of_a_v100() -> None:
     rows = [row_of("engine", 8, 321.0)]
     assert "321" not in tables.v100_table(rows, "NVIDIA A100")
     assert cells(tables.v100_table(rows, "Tesla V100-SXM2-16GB").splitlines()[3])[3:] == [
-        *("321.00", "not measured", "not measured"),
+        *("321.00", "not measured", "not measured", "not measured"),
     ]
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from serve.connection import Connection
 from serve.figures import main, speed_ratio
+from serve.meter import ServerCounts
 from serve.repository import ModelSettings, publish
+from serve.segmenter import Segmenter
 from serve.triton_process import TritonServer
 from serve.triton_settings import ServerSettings
 
@@ -32,8 +37,31 @@ def test_many_clients_get_their_own_answers(triton_server: TritonServer, tmp_pat
     line = ["soak", "--url", triton_server.settings.grpc_url, "--clients", str(clients), "--seconds", "1"]
     assert main([*line, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert found["wrong"] == 0
+    assert (found["wrong"], found["gave_up"]) == (0, {})
     assert found["answers"] >= clients
+
+
+def test_what_a_soak_found_outlives_its_server(
+    settings_for: Callable[..., ServerSettings],
+    tiny_artefacts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve.figures.Segmenter", partial(Segmenter, patience_s=0))
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8))
+    with TritonServer(settings_for(tmp_path / "models")) as server, ThreadPoolExecutor(1) as pool:
+        url = server.settings.grpc_url
+        line = ["soak", "--url", url, "--clients", "2", "--seconds", "3600", "--out", str(tmp_path)]
+        soak = pool.submit(main, line)
+        connection = Connection(url, "unet", "", 60)
+        while ServerCounts.read(connection.client, "unet").requests < 40:
+            assert not soak.done(), soak.result()
+        connection.close()
+        server.stop()
+        assert soak.result(timeout=120) == 0
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert (found["wrong"], sum(found["gave_up"].values())) == (0, 2)
+    assert found["answers"] > 0
 
 
 def test_servers_share_the_work(

@@ -20,7 +20,7 @@ def test_an_interrupted_perf_analyzer_leaves_nothing(triton_server: TritonServer
         "@command\n"
         "def main(argv=None):\n"
         "    analyzer = PerfAnalyzer(pathlib.Path(sys.argv[2]))\n"
-        "    analyzer.measure(sys.argv[1], 'unet', 2, 252, requests=10**6, shared_memory=True)\n"
+        "    analyzer.measure(sys.argv[1], 'unet', 2, 252, requests=10**6, memory='system')\n"
         "sys.exit(main())\n"
     )
     line = [sys.executable, "-c", code, triton_server.settings.grpc_url, str(tmp_path)]
@@ -51,13 +51,13 @@ def its_perf_analyzer(pid: int) -> tuple[psutil.Process, list[Path]]:
 def test_perf_analyzer_that_takes_too_long_is_a_sentence(triton_server: TritonServer, tmp_path: Path) -> None:
     with pytest.raises(PerfAnalyzerError, match="took more than 1 s"):
         PerfAnalyzer(tmp_path).measure(
-            triton_server.settings.grpc_url, "unet", 1, 252, requests=10**6, shared_memory=False, timeout_s=1
+            triton_server.settings.grpc_url, "unet", 1, 252, requests=10**6, memory="none", timeout_s=1
         )
 
 
 def test_perf_analyzer_without_a_server_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(PerfAnalyzerError, match="perf_analyzer failed at batch 1"):
-        PerfAnalyzer(tmp_path).measure("localhost:1", "unet", 1, 252, requests=3, shared_memory=False)
+        PerfAnalyzer(tmp_path).measure("localhost:1", "unet", 1, 252, requests=3, memory="none")
 
 
 def test_the_report_is_read_in_milliseconds(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_another_report_is_a_sentence(tmp_path: Path, text: str) -> None:
 
 def test_requests_at_a_time_are_measured(triton_server: TritonServer, tmp_path: Path) -> None:
     row = PerfAnalyzer(tmp_path).measure(
-        triton_server.settings.grpc_url, "unet", 2, 252, requests=20, shared_memory=True, concurrency=3
+        triton_server.settings.grpc_url, "unet", 2, 252, requests=20, memory="system", concurrency=3
     )
     assert row.columns["Concurrency"] == 3
     assert row.img_per_s > 0
