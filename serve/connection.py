@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,28 @@ class Tls:
         self._check_files()
 
     def _check_files(self) -> None:
+        """Read them as gRPC will, which does not say which of them is at fault."""
         for path in (self.ca, self.cert, self.key):
             if path is None:
                 continue
             try:
-                text = Path(path).read_bytes()
+                Path(path).read_bytes()
             except OSError as error:
                 raise TlsError(f"{path} cannot be read: {error.strerror}") from error
-            if b"-----BEGIN " not in text:
-                raise TlsError(f"{path} is no PEM file: it must hold a line that starts with -----BEGIN")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_verify_locations(self.ca)
+        except ssl.SSLError as error:
+            raise TlsError(f"{self.ca} holds no certificate of an authority in PEM ({_openssl_says(error)})") from error
+        if self.cert is None or self.key is None:
+            return
+        try:
+            # Without a password it would ask for one.
+            context.load_cert_chain(self.cert, self.key, password="")
+        except ssl.SSLError as error:
+            raise TlsError(
+                f"{self.cert} and {self.key} are no certificate and its unencrypted key in PEM ({_openssl_says(error)})"
+            ) from error
 
     def options(self) -> dict[str, Any]:
         """For tritonclient's gRPC client.
@@ -89,6 +103,10 @@ class Tls:
         self._check_files()
         names = {"root_certificates": self.ca, "certificate_chain": self.cert, "private_key": self.key}
         return {"ssl": True, **{name: str(path) for name, path in names.items() if path is not None}}
+
+
+def _openssl_says(error: ssl.SSLError) -> str:
+    return (error.reason or error.args[-1]).lower().replace("_", " ")
 
 
 @dataclass(frozen=True)

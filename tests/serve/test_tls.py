@@ -185,9 +185,23 @@ def test_our_client_says_why_it_is_refused(secured: Secured, who: str, words: st
         Segmenter(url, timeout_s=TIMEOUT_S, tls=tls)
 
 
+def locked(key: Path) -> bytes:
+    """A private key under a password."""
+    loaded = serialization.load_pem_private_key(key.read_bytes(), None)
+    return loaded.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"secret"),
+    )
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (["--tls_ca", "gone.pem"], "gone.pem cannot be read: No such file"),
-    (["--tls_ca", "empty.pem"], "empty.pem is no PEM file"),
+    (["--tls_ca", "empty.pem"], "empty.pem holds no certificate of an authority in PEM (no certificate or crl found)"),
+    (["--tls_ca", "torn.pem"], "torn.pem holds no certificate of an authority in PEM"),
+    (["--tls_ca", "ca.pem", "--tls_cert", "mine.pem", "--tls_key", "ca.pem"], "mine.pem and ca.pem are no certificate"),
+    (["--tls_ca", "ca.pem", "--tls_cert", "ca.pem", "--tls_key", "mine.key"], "(key values mismatch)"),
+    (["--tls_ca", "ca.pem", "--tls_cert", "mine.pem", "--tls_key", "locked.key"], "its unencrypted key in PEM"),
     (["--tls_ca", "ca.pem", "--tls_cert", "ca.pem"], "give both --tls_cert and --tls_key"),
     (["--tls_key", "ca.pem"], "need --tls_ca"),
 ])  # fmt: skip
@@ -196,7 +210,13 @@ def test_certificates_that_cannot_be_used_are_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.pem").touch()
-    Path("ca.pem").write_bytes(Authority(tmp_path / "ours").cert.read_bytes())
+    authority = Authority(tmp_path / "ours")
+    mine = authority.issue("mine")
+    Path("mine.pem").write_bytes(mine.cert.read_bytes())
+    Path("mine.key").write_bytes(mine.key.read_bytes())
+    Path("locked.key").write_bytes(locked(mine.key))
+    Path("ca.pem").write_bytes(authority.cert.read_bytes())
+    Path("torn.pem").write_bytes(authority.cert.read_bytes()[:300] + authority.cert.read_bytes()[340:])
     tifffile.imwrite("volume.tif", np.zeros((2, 64, 64), np.uint8), photometric="minisblack")
     assert main(["volume.tif", "--url", "localhost:1", *flags]) == 2
     said = capsys.readouterr().err
