@@ -79,7 +79,7 @@ def _cut_by_strides(network: Any) -> None:
 
     NNCF takes a StridedSlice for what it is, a move of elements, and quantises a skip once, as it leaves its
     convolution. Around a Slice it quantises what goes in and what comes out, so that the convolution writes four bytes
-    where one is due: a third of the time of a network of 16 filters.
+    where one is due: a sixth of the time of a network of 16 filters.
     """
     from openvino import opset13
 

@@ -80,8 +80,8 @@ def _copies_collected() -> Iterator[None]:
 def _drop_last_reshapes(model: onnx.ModelProto) -> None:
     """Remove what stands at the end for the transposition of a single plane, which is none.
 
-    It is one Reshape, but for the times, one in hundreds, when tf2onnx leaves the four that it is made of: its
-    remover of such pairs goes through sets, in no order.
+    It is one Reshape, but for the times, one in hundreds and for a reason not found, when tf2onnx leaves the four that
+    it is made of.
     """
     graph = model.graph
     producers = {output: node for node in graph.node for output in node.output}
