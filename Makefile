@@ -34,12 +34,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile | check-tools
 	@echo "installing into $(VENV) with $$($(PYTHON) --version)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[train,export,serve,zarr,dask,int8,dev]'
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m train.install_horovod --version $(HOROVOD) --wheels "$(WHEELS)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.install_horovod --version $(HOROVOD) --wheels "$(WHEELS)"
 	@touch $@
 
 .PHONY: demo
 demo: install  ## train briefly, export, serve, segment, score and benchmark
-	@$(BIN)/python -m unet.demo --data_dir "$(DATA_DIR)" $(DEMO_FLAGS)
+	@$(BIN)/python -m tools.demo --data_dir "$(DATA_DIR)" $(DEMO_FLAGS)
 
 .PHONY: test
 test: install  ## the tests, under ten minutes on two cores

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.engine_build import build_into
-from export.engine_run import PlanRunner, benchmark, gpu
+from export.gate.parity import HALF, Comparison, compare
+from export.gate.tiles import gather_tiles
 from export.main import data_folder
-from export.parity import HALF, Comparison, compare
-from export.pipeline import HALF_FILE, ORT, SINGLE
-from export.targets import TARGETS
-from export.tiles import gather_tiles
+from export.pipeline import ORT
+from export.plan.build import build_into
+from export.plan.targets import TARGETS
 from unet.card import Card
-from unet.cpu_engine import CpuEngine
+from unet.engine.cpu import CpuEngine
+from unet.engine.device import gpu
+from unet.engine.plan import PlanRunner, benchmark
 from unet.errors import command, say
 from unet.files import atomic_file, write_json
+from unet.names import HALF_FILE, ONNX_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +54,7 @@ def samples(card: Card, data_dir: Path | None, count: int) -> list[Sample]:
         tiles = np.concatenate([few] * -(-count // len(few)))[:count]
         # Turned, so that no two tiles of a batch are the same and a swapped answer is seen.
         turned = np.stack([np.rot90(tile, number // len(few), (1, 2)) for number, tile in enumerate(tiles)])
-        names = {"onnx": SINGLE, "onnx_fp16": HALF_FILE}
+        names = {"onnx": ONNX_FILE, "onnx_fp16": HALF_FILE}
         expected = {
             names[key]: np.concatenate([engine.infer(turned[i : i + 1]) for i in range(count)])
             for key, engine in engines.items()

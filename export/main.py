@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.targets import TARGETS
+from export.plan.targets import TARGETS
 from unet.errors import UnetError, command, say
 
 if TYPE_CHECKING:
@@ -67,11 +67,12 @@ def data_folder(named: Path | None) -> Path | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export from the command line."""
     args = parse_arguments(argv)
-    from export.engine_build import EngineBuildError, build_into
-    from export.engine_run import EngineRunError
     from export.pipeline import ExportConfig, export_model
+    from export.plan.build import EngineBuildError, build_into
+    from export.plan.trtexec import SCRIPT
     from export.provenance import PAGE
-    from export.trtexec import SCRIPT
+    from unet.engine.device import DeviceError
+    from unet.engine.library import LibraryError
 
     config = ExportConfig(
         model_dir=args.model_dir,
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.target != "cpu":
         try:
             say(f"{'':12}  {build_into(args.out, args.target)}")
-        except (EngineBuildError, EngineRunError) as error:
+        except (EngineBuildError, DeviceError, LibraryError) as error:
             raise TargetError(
                 f"the ONNX files are proven and in {args.out}, but there is no TensorRT plan: {error}; or run "
                 f"{args.out / SCRIPT} with trtexec on the machine with the GPU"

@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export import trtexec
-from export.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine, one_by_one
-from export.graph import INPUT, LOGITS, base_filters, read_model, with_logits, write_model
-from export.half_precision import to_half
-from export.int8 import quantise
-from export.parity import HALF, SAME_TYPE, Comparison, Tolerance, compare
-from export.parity import LOGITS as LOGITS_TOLERANCE
+from export.gate.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine, one_by_one
+from export.gate.parity import HALF, SAME_TYPE, Comparison, Tolerance, compare
+from export.gate.parity import LOGITS as LOGITS_TOLERANCE
+from export.gate.scoring import Change, Judge, gather_scored
+from export.gate.tiles import Tiles, gather_tiles, training_tiles
+from export.plan import trtexec
 from export.provenance import machine, shell, tensorflow_package, versions, write_card
-from export.reference import Outputs
-from export.scoring import Change, Judge, gather_scored
-from export.tiles import Tiles, gather_tiles, training_tiles
+from export.steps.graph import LOGITS, base_filters, read_model, with_logits, write_model
+from export.steps.half_precision import to_half
+from export.steps.int8 import quantise
+from export.steps.reference import Outputs
 from unet.card import CARD_FILE, Card
-from unet.cpu_engine import CpuEngine, EngineChoice, load_engine
+from unet.engine.cpu import CpuEngine, EngineChoice, load_engine
 from unet.errors import UnetError
 from unet.files import atomic_directory
 from unet.geometry import output_size
+from unet.names import HALF_FILE, INPUT, INT8_FILE, ONNX_FILE, SAVED_MODEL
 from unet.processes import child
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-SAVED_MODEL, SINGLE, HALF_FILE = "saved_model", "model.onnx", "model.fp16.onnx"
-WORST, INT8_FILE = "worst_slice.png", "model.int8.zip"
+WORST = "worst_slice.png"
 ORT = EngineChoice("onnxruntime", "f32")
 
 
@@ -140,7 +140,7 @@ class Exporter:
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             asked, answered = Path(name) / "tiles.npz", Path(name) / "outputs.npz"
             np.savez(asked, *batches)
-            self._in_own_process("export.reference", saved_model, asked, answered)
+            self._in_own_process("export.steps.reference", saved_model, asked, answered)
             return Outputs.read(answered)
 
     def _in_own_process(self, module: str, *arguments: Path) -> None:
@@ -159,10 +159,10 @@ class Exporter:
             raise ExportError(last[len("error: ") :] if last.startswith("error: ") else f"{module} failed: {last}")
 
     def _to_onnx(self, reference: Outputs, tiles: Tiles) -> onnx.ModelProto:
-        path = self.folder / SINGLE
-        self._in_own_process("export.to_onnx", self.folder / SAVED_MODEL, path)
+        path = self.folder / ONNX_FILE
+        self._in_own_process("export.steps.to_onnx", self.folder / SAVED_MODEL, path)
         model = read_model(path)
-        command = shell("python", "-m", "export.to_onnx", SAVED_MODEL, SINGLE)
+        command = shell("python", "-m", "export.steps.to_onnx", SAVED_MODEL, ONNX_FILE)
         used = versions(tensorflow_package(), "tf2onnx", "onnx", "numpy")
         self.card.record("onnx", path, "saved_model", command, versions=used)
         # One tile of each size: the logits are as many as the probabilities are not.
@@ -176,7 +176,7 @@ class Exporter:
     def _to_half(self, model: onnx.ModelProto, tiles: Tiles) -> None:
         path = self.folder / HALF_FILE
         write_model(to_half(model), path)
-        command = shell("python", "-m", "export.half_precision", SINGLE, HALF_FILE)
+        command = shell("python", "-m", "export.steps.half_precision", ONNX_FILE, HALF_FILE)
         self.card.record("onnx_fp16", path, "onnx", command, versions=versions("onnx", "numpy"))
         self._prove_file(HALF_NAME, path, tiles, HALF)
 
@@ -212,7 +212,7 @@ class Exporter:
             self._prove(self._judge.judge(name, engine.infer, tolerance.score_ratio))
 
     def _choose_engine(self, tiles: Tiles) -> None:
-        single, half = self.folder / SINGLE, self.folder / HALF_FILE
+        single, half = self.folder / ONNX_FILE, self.folder / HALF_FILE
         int8 = self._to_int8(single) if self.config.int8 else None
         selection = choose_engine(single, half, tiles, self.expected, judge=self._judge, int8=int8)
         for comparison in selection.comparisons:

@@ -10,13 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.bands import bands_of
-from serve.connection import ClientError, DeadlineError, ServerBusyError, ServerGoneError, Tls, TlsError
-from serve.outputs import KINDS, LABEL_DTYPES
-from serve.pipeline import Filler, Request, Summary, open_volume, segment_volume
-from serve.segmenter import Segmenter
-from serve.slots import SHARED_MEMORY
+from serve.segment.bands import bands_of
+from serve.segment.connection import ClientError, DeadlineError, ServerBusyError, ServerGoneError, Tls, TlsError
+from serve.segment.segmenter import Segmenter
+from serve.segment.slots import SHARED_MEMORY
+from serve.volume.outputs import KINDS, LABEL_DTYPES
+from serve.volume.run import Filler, Request, Summary, segment_volume
 from unet.errors import command, say
+from unet.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,7 +154,7 @@ def _tls(chosen: Any) -> Tls | None:
 def _filler(chosen: Any, urls: tuple[str, ...], options: dict[str, Any]) -> Filler | None:
     if chosen.dask is None:
         return None
-    from serve.cluster import DaskFiller, Work
+    from serve.volume.dask_cluster import DaskFiller, Work
 
     return DaskFiller(chosen.dask, Work(urls, options))
 

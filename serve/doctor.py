@@ -13,14 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.gpus import TOOL_TIMEOUT_S, Gpu, parse_gpus, run_tool
-from serve.model_config import PLAN_FILE
-from serve.perf_analyzer import PerfAnalyzer, PerfAnalyzerError
-from serve.triton_install import TritonError, find_installation
+from serve.measure.perf_analyzer import PerfAnalyzer, PerfAnalyzerError
+from serve.server.install import TritonError, find_installation
 from unet.card import Card, CardError
-from unet.cpu_engine import EngineChoice, EngineError, supported_choices
+from unet.engine.cpu import EngineChoice, EngineError, supported_choices
 from unet.errors import command, say
-from unet.machine import numa_nodes, usable_cores
+from unet.machine import TOOL_TIMEOUT_S, Gpu, numa_nodes, parse_gpus, run_tool, usable_cores
+from unet.names import PLAN_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

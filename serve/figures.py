@@ -9,237 +9,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import statistics
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-import psutil
-import tifffile
-
-from serve.connection import ClientError
-from serve.pipeline import Request, segment_volume
-from serve.segmenter import Segmenter
-from unet.errors import UnetError, command, say
-from unet.files import atomic_file, write_json
-from unet.geometry import plan_tiles, predict_tiled
-from unet.rounds import interleave, ratios, timed
-from unet.stack import read_images, read_labels
+from serve.measure.figures import FIGURES
+from unet.errors import command, say
+from unet.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_CLIENT = Path(__file__).resolve().parent / "client.py"
-_TILE = 572
-_LARGE = 16384
-_SAMPLE_S = 0.05
-
-
-class FigureError(UnetError):
-    """A figure that cannot be taken."""
-
-
-def speed_ratio(taken: dict[str, list[float]], of: str, over: str) -> float:
-    """How much faster ``of`` is than ``over``: the median of the rounds' ratios."""
-    return statistics.median(ratios(taken[over], taken[of]))
-
-
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each of several things in each round, after one that is not measured."""
-    subjects = {name: timed(run) for name, run in runs.items()}
-    interleave(subjects, 1)
-    return interleave(subjects, rounds)
-
-
-def against_tensorflow(chosen: Any) -> dict[str, Any]:
-    """A stack from file to file over the trained network in TensorFlow, tile by tile of 572, file to file too."""
-    import tensorflow as tf
-
-    from unet.scores import score_stack
-
-    if not (chosen.saved_model / "saved_model.pb").exists():
-        raise FigureError(f"{chosen.saved_model} is no SavedModel: name that of a training run with --saved_model")
-    network = tf.saved_model.load(str(chosen.saved_model)).signatures["serving_default"]
-    pages = slice(*chosen.pages)
-    scored = {}
-
-    def predict(tiles: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        answer = network(image=tf.constant(tiles[..., np.newaxis]))["probability"].numpy()
-        return np.asarray(answer[..., 0], np.float32)
-
-    with tempfile.TemporaryDirectory() as name, Segmenter(chosen.url, timeout_s=300) as segmenter:
-        folder = Path(name)
-        part = folder / "part.tif"
-        tifffile.imwrite(part, read_images(chosen.images)[pages], photometric="minisblack")
-
-        def client() -> None:
-            segment_volume(segmenter, part, Request(overwrite=True, quiet=True, picture_slice=None))
-
-        def reference() -> None:
-            images = tifffile.imread(part)
-            plan = plan_tiles(images.shape[1], images.shape[2], _TILE)
-            found = np.stack([predict_tiled(image, plan, predict) for image in images])
-            tifffile.imwrite(folder / "tensorflow.tif", found, photometric="minisblack")
-
-        taken = interleaved({"client": client, "tensorflow": reference}, chosen.rounds)
-        if chosen.labels is not None:
-            labels = read_labels(chosen.labels)[pages]
-            for who, file in (("client", "part-probability.tif"), ("tensorflow", "tensorflow.tif")):
-                scores = score_stack(tifffile.imread(folder / file), labels)
-                scored[who] = {"v_rand": scores.best_v_rand, "v_info": scores.best_v_info}
-    count = chosen.pages[1] - chosen.pages[0]
-    return {
-        "slices": count,
-        "client_slices_per_s": count / statistics.median(taken["client"]),
-        "tensorflow_slices_per_s": count / statistics.median(taken["tensorflow"]),
-        "ratio": speed_ratio(taken, "client", "tensorflow"),
-        "scores": scored,
-    }
-
-
-def watched(line: Sequence[str]) -> tuple[list[tuple[float, float]], float]:
-    """Run a client; its resident memory over time, (s, MiB), and its peak."""
-    samples: list[tuple[float, float]] = []
-    started = time.monotonic()
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
-        about = psutil.Process(process.pid)
-        while True:
-            try:
-                rss = about.memory_info().rss / 2**20
-                if rss:  # none is left of one that has just ended
-                    samples.append((time.monotonic() - started, rss))
-                process.wait(_SAMPLE_S)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-            except psutil.Error:
-                break
-    if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, line)
-    return samples, max(rss for _, rss in samples)
-
-
-def memory(chosen: Any) -> dict[str, Any]:
-    """The client's resident memory while it segments stacks of several lengths, and a slice of 16k x 16k."""
-    side, curves = chosen.side, {}
-    random = np.random.default_rng(0)
-    plane = random.integers(0, 256, (side, side), np.uint8)
-    with tempfile.TemporaryDirectory(dir=chosen.out) as name:
-        cases = {f"{count} slices": (count, plane) for count in chosen.slices}
-        if chosen.large:
-            repeats = -(-_LARGE // side)
-            cases[f"1 slice of {_LARGE}"] = (1, np.tile(plane, (repeats, repeats))[:_LARGE, :_LARGE])
-        for title, (count, pixels) in cases.items():
-            source = Path(name) / "volume.tif"
-            with tifffile.TiffWriter(source) as tiff:
-                for _ in range(count):
-                    tiff.write(pixels, photometric="minisblack", contiguous=True, metadata=None)
-            # Large pages pass without shared memory too: what the server maps is no client's memory.
-            line = [sys.executable, str(_CLIENT), str(source), "--url", chosen.url, "--overwrite", "--quiet"]
-            curves[title], _ = watched([*line, "--timeout", "600"])
-    _draw(chosen.out / "memory.png", curves)
-    return {title: {"peak_mib": max(rss for _, rss in curve)} for title, curve in curves.items()}
-
-
-def _draw(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for title, curve in curves.items():
-        end = curve[-1][0]
-        axes.plot([100 * at / end for at, _ in curve], [rss for _, rss in curve], label=f"{title}, {end:.0f} s")
-    axes.set(xlabel="% of the run", ylabel="client's resident memory, MiB", ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    with atomic_file(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")
-
-
-def several_servers(chosen: Any) -> dict[str, Any]:
-    """Slices by one segmenter for each server at the same time, over the same slices by the first server alone."""
-    images = list(np.random.default_rng(0).integers(0, 256, (4 * len(chosen.servers), 512, 512), np.uint8))
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(chosen.servers)) as pool:
-        segmenters = [stack.enter_context(Segmenter(url, timeout_s=300)) for url in chosen.servers]
-        if len({segmenter.interface for segmenter in segmenters}) > 1:
-            raise FigureError(f"{', '.join(chosen.servers)} serve different models: publish the same one on all")
-
-        def segment(segmenter: Segmenter, part: list[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float32]]:
-            return list(segmenter.segment(part))
-
-        def together() -> list[npt.NDArray[np.float32]]:
-            parts = [images[first :: len(segmenters)] for first in range(len(segmenters))]
-            found = list(pool.map(segment, segmenters, parts))
-            return [found[index % len(found)][index // len(found)] for index in range(len(images))]
-
-        first = segment(segmenters[0], images)
-        if not all(np.allclose(one, other, atol=chosen.tolerance) for one, other in zip(first, together())):
-            raise FigureError(f"{', '.join(chosen.servers)} answer differently: publish the same model on all")
-        taken = interleaved({"one": lambda: segment(segmenters[0], images), "together": together}, chosen.rounds)
-    rates = {f"{who}_slices_per_s": len(images) / statistics.median(each) for who, each in taken.items()}
-    return {"servers": len(segmenters), **rates, "ratio": speed_ratio(taken, "together", "one")}
-
-
-def soak(chosen: Any) -> dict[str, Any]:
-    """Many clients at once for a while, each with slices of its own; every answer is compared with the first one."""
-    random = np.random.default_rng(0)
-    images = [random.integers(0, 256, (100, 100), np.uint8) for _ in range(chosen.clients)]
-    with Segmenter(chosen.url, timeout_s=300) as segmenter:
-        expected = list(segmenter.segment(images))
-    if len({answer.tobytes() for answer in expected}) < len(images):
-        raise FigureError("two inputs have one answer, and swapped ones would go unnoticed: serve a trained network")
-    until, lock = time.monotonic() + chosen.seconds, threading.Lock()
-    counts = {"answers": 0, "wrong": 0}
-    gave_up: Counter[str] = Counter()
-    process = psutil.Process()
-    rss: list[float] = []
-
-    def client(index: int) -> None:
-        order = np.random.default_rng(index)
-        with Segmenter(chosen.url, timeout_s=300) as segmenter:
-            while time.monotonic() < until:
-                chosen_ones = order.integers(0, len(images), 4)
-                for which, answer in zip(chosen_ones, segmenter.segment([images[one] for one in chosen_ones])):
-                    right = np.allclose(answer, expected[which], atol=chosen.tolerance)
-                    with lock:
-                        counts["answers"] += 1
-                        counts["wrong"] += not right
-                with lock:
-                    rss.append(process.memory_info().rss / 2**20)
-
-    with ThreadPoolExecutor(chosen.clients) as pool:
-        for future in [pool.submit(client, index) for index in range(chosen.clients)]:
-            try:
-                future.result()
-            except ClientError as error:  # what the others found still counts
-                gave_up[str(error)] += 1
-    third = len(rss) // 3
-    return {
-        "clients": chosen.clients,
-        "seconds": chosen.seconds,
-        **counts,
-        "gave_up": dict(gave_up),
-        "rss_mib_second_third": max(rss[third : 2 * third], default=0.0),
-        "rss_mib_last_third": max(rss[2 * third :], default=0.0),
-    }
-
-
-_FIGURES = {
-    "tensorflow": against_tensorflow,
-    "memory": memory,
-    "servers": several_servers,
-    "soak": soak,
-}
 
 
 @command
@@ -248,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="serve/figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=_FIGURES)
+    parser.add_argument("what", choices=FIGURES)
     parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC")
     parser.add_argument(
         "--servers", nargs="+", default=["localhost:8001", "localhost:9001"], help="HOST:PORT of each, of `servers`"
@@ -269,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for what is found")
     chosen = parser.parse_args(argv)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    found = _FIGURES[chosen.what](chosen)
+    found = FIGURES[chosen.what](chosen)
     write_json(chosen.out / f"{chosen.what}.json", found)
     say(json.dumps(found, indent=2))
     return 0

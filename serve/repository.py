@@ -6,216 +6,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import os
-import shutil
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
-import unet
-from serve.model_config import (
-    BACKEND_CODE_FILE,
-    CONFIG_FILE,
-    PROFILES,
-    ModelSettings,
-    RepositoryError,
-    engine_file,
-    model_config,
-)
-from unet.card import CARD_FILE, Card
-from unet.errors import UnetError, command, say
-from unet.files import atomic_directory, atomic_file
+from serve.models.config import PROFILES, ModelSettings
+from serve.models.publish import KEEP, publish, rollback
+from unet.errors import command, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["ModelSettings", "PublishedVersion", "RepositoryError", "main", "model_config", "publish", "rollback"]
-
-BACKEND_CODE = Path(__file__).resolve().parent / "python_backend" / BACKEND_CODE_FILE
-# What that imports of the project; a version carries it, so that it needs no project where it is served.
-BACKEND_MODULES = ("__init__", "card", "cpu_engine", "errors", "files", "geometry", "machine")
-KEEP = 5
-
-# Has a running server take a version of the model of this name.
-Load = Callable[[str, int], None]
-
-
-@dataclass(frozen=True)
-class PublishedVersion:
-    """A version that Triton can load."""
-
-    path: Path
-    version: int
-
-
-def publish(
-    artefacts: str | os.PathLike[str],
-    repository: str | os.PathLike[str],
-    settings: ModelSettings,
-    *,
-    keep: int = KEEP,
-    load: Load | None = None,
-) -> PublishedVersion:
-    """Make artefacts the next version of the model.
-
-    A version appears whole, and none is ever overwritten; the configuration is replaced after the version is there.
-    Each version keeps the configuration that it was published with.
-
-    Args:
-        artefacts: folder that the exporter wrote, or that of a published version.
-        repository: folder of the models.
-        settings: how Triton runs the model.
-        keep: versions that stay, the new one included; older ones are removed at last.
-        load: has a running server take the version; if that fails, the version and its configuration are taken back.
-
-    Raises:
-        CardError: an artefact is not what its card says, or there is none for the profile.
-        RepositoryError: the plan is for another GPU, or the server did not take the version.
-    """
-    from google.protobuf import text_format
-
-    card = Card.load(artefacts)
-    config = text_format.MessageToString(model_config(card, settings))
-    engine = engine_file(card, settings)
-    files = {engine.name: engine, CARD_FILE: card.folder / CARD_FILE}
-    if not settings.machine.on_gpu:
-        files[BACKEND_CODE_FILE] = BACKEND_CODE
-        package = Path(unet.__file__).parent
-        files |= {f"{package.name}/{name}.py": package / f"{name}.py" for name in BACKEND_MODULES}
-
-    def fill(aside: Path) -> None:
-        for name, path in files.items():
-            (aside / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, aside / name)
-        (aside / CONFIG_FILE).write_text(config, encoding="utf-8")
-
-    folder = Path(repository) / settings.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with _sole_publisher(folder):
-        return _release(folder, fill, keep, load)
-
-
-def rollback(
-    repository: str | os.PathLike[str],
-    name: str = "unet",
-    version: int | None = None,
-    *,
-    keep: int = KEEP,
-    load: Load | None = None,
-) -> PublishedVersion:
-    """Serve a former version again: a copy of it, with its configuration, becomes the next version.
-
-    Versions only ever count up, so that an answer's version says which network gave it.
-
-    Args:
-        repository: folder of the models.
-        name: the model's name.
-        version: which to go back to; by default the newest that differs from the present one.
-        keep: versions that stay, the new one included.
-        load: has a running server take the version; if that fails, it is taken back.
-
-    Raises:
-        CardError: the version's files are not what its card says.
-        RepositoryError: there is no such version, or the server did not take it.
-    """
-    folder = Path(repository) / name
-    if not folder.is_dir():
-        raise RepositoryError(f"{folder} does not exist: name the model with --model_name")
-    with _sole_publisher(folder):
-        source = folder / str(_former(folder) if version is None else version)
-        if not (source / CONFIG_FILE).is_file():
-            known = ", ".join(map(str, versions_in(folder))) or "none"
-            raise RepositoryError(f"{source} is no version to go back to; there are {known}")
-        _verify(source)
-
-        def fill(aside: Path) -> None:
-            shutil.copytree(source, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-
-        return _release(folder, fill, keep, load)
-
-
-def versions_in(folder: Path) -> list[int]:
-    """The versions in a model's folder, the oldest first."""
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
-
-
-def _former(folder: Path) -> int:
-    *others, present = versions_in(folder) or [0]
-    for version in reversed(others):
-        if _content(folder / str(version)) != _content(folder / str(present)):
-            return version
-    raise RepositoryError(f"{folder} has no version that differs from the present one: publish one")
-
-
-def _content(version: Path) -> list[bytes]:
-    """What makes a version what it is; the card holds the hash of the network."""
-    return [path.read_bytes() for name in (CARD_FILE, CONFIG_FILE) if (path := version / name).exists()]
-
-
-def _verify(version: Path) -> None:
-    card = Card.load(version)
-    for name, artefact in card.artefacts.items():
-        if (version / artefact.file).exists():
-            card.verify(name)
-
-
-def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load | None) -> PublishedVersion:
-    """Add the next version, make its configuration the model's, have it loaded, and remove what is too old."""
-    if keep < 1:
-        raise RepositoryError(f"keep is {keep}; the new version itself is one, so it must be at least 1")
-    version = max([0, *versions_in(folder)]) + 1
-    path, config = folder / str(version), folder / CONFIG_FILE
-    former = config.read_bytes() if config.exists() else None
-    with atomic_directory(path) as aside:
-        fill(aside)
-    _replace(config, (path / CONFIG_FILE).read_bytes())
-    if load is not None:
-        try:
-            load(folder.name, version)
-        except BaseException as error:
-            _take_back(path, former)
-            if not isinstance(error, UnetError):
-                raise
-            raise RepositoryError(f"version {version} of {folder.name} was taken back: {error}") from error
-    for old in versions_in(folder)[:-keep]:
-        _remove(folder / str(old))
-    return PublishedVersion(path, version)
-
-
-def _take_back(path: Path, former: bytes | None) -> None:
-    config = path.parent / CONFIG_FILE
-    if former is None:
-        config.unlink()
-    else:
-        _replace(config, former)
-    _remove(path)
-
-
-def _replace(config: Path, content: bytes) -> None:
-    with atomic_file(config) as aside:
-        aside.write_bytes(content)
-
-
-def _remove(version: Path) -> None:
-    """Remove a version at once for whoever looks at its name, and then its files."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{version.name}.old.", dir=version.parent))
-    os.replace(version, aside / version.name)
-    shutil.rmtree(aside)
-
-
-@contextlib.contextmanager
-def _sole_publisher(folder: Path) -> Iterator[None]:
-    """Let no two processes choose the same next version; the lock ends with its holder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    from serve.models.publish import Load
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -265,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(argv)
     load: Load | None = None
     if chosen.load:
-        from serve.triton_control import control_of
+        from serve.server.control import control_of
 
         load = control_of(chosen.state_dir, chosen.model_repository).load
     if chosen.rollback:

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.triton_process import TritonServer
-from serve.triton_settings import MODEL_CONTROL, ServerSettings
-from serve.triton_state import load_state, stop_kept
-from serve.triton_watch import WatchSettings, watch
+from serve.server.process import TritonServer
+from serve.server.settings import MODEL_CONTROL, ServerSettings
+from serve.server.state import load_state, stop_kept
+from serve.server.watch import WatchSettings, watch
 from unet.errors import command, say
 
 if TYPE_CHECKING:

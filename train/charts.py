@@ -10,12 +10,12 @@ import numpy as np
 
 from train.log import read_log
 from unet.files import atomic_file
-from unet.overlay import membrane_overlay
+from unet.volume.overlay import membrane_overlay
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from train.dataset import Windows
+    from train.input.dataset import Windows
     from unet.scores import StackScores
 
 _GAP_PX = 6

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from train.config import TrainConfig, parse_config
 from unet.errors import UnetError, command, say
 from unet.files import write_json
+from unet.measure import interleave, ratios
 from unet.processes import child
-from unet.rounds import interleave, ratios
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from train.dataset import Slice
+    from train.input.dataset import Slice
 
 MAIN = Path(__file__).with_name("main.py")
 
@@ -66,7 +66,7 @@ class Ratio:
 def our_steps(config: TrainConfig, slices: Sequence[Slice], steps: int) -> Callable[[], float]:
     """Runs that many of our training steps; seconds a step."""
     from train.cluster import Cluster
-    from train.dataset import windows_of
+    from train.input.dataset import windows_of
     from train.loop import Trainer
 
     trainer = Trainer(config, Cluster())
@@ -86,9 +86,9 @@ def keras_steps(config: TrainConfig, slices: Sequence[Slice], steps: int) -> Cal
     """Runs that many steps of Keras' own loop on the same network and windows; seconds a step."""
     import tensorflow as tf
 
-    from train.dataset import windows_of
+    from train.input.dataset import windows_of
     from train.loop import make_optimizer, precision_of
-    from train.network import build_unet
+    from train.model.network import build_unet
 
     precision = precision_of(config)
     model = build_unet(config.base_filters, config.dropout, precision=precision, seed=config.seed)
@@ -123,7 +123,7 @@ class _StepClock:
 
 def windows_cost(config: TrainConfig, slices: Sequence[Slice], count: int) -> Callable[[], float]:
     """Cuts that many training windows on one thread; seconds a window."""
-    from train.dataset import windows_of
+    from train.input.dataset import windows_of
 
     windows = windows_of(config, slices)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.config import parse_config
-from train.dataset import FOLDS
+from train.input.dataset import FOLDS
 from unet.errors import UnetError, command, say
 from unet.files import atomic_file
 from unet.processes import child

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from unet.errors import UnetError, command, say
 from unet.files import atomic_file, sha256_of
-from unet.stack import StackReader
+from unet.volume import StackReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from train.checkpoints import CheckpointError, Checkpoints
 from train.config import ConfigError, TrainConfig
-from train.dataset import Slice, Windows, windows_of
 from train.evaluation import make_predictor
-from train.losses import segmentation_loss
-from train.network import build_unet
+from train.input.dataset import Slice, Windows, windows_of
+from train.model.losses import segmentation_loss
+from train.model.network import build_unet
 from unet.errors import UnetError
-from unet.overlay import membrane_overlay
 from unet.scores import dice
+from unet.volume.overlay import membrane_overlay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -17,20 +17,20 @@ from train.charts import augmentation_sheet, learning_curve, threshold_curve
 from train.checkpoints import Checkpoints
 from train.cluster import Cluster, join_cluster
 from train.config import ConfigError, TrainConfig
-from train.dataset import TEST_IMAGES, Slice, find_pairs, fold_of, load_slices, windows_of
 from train.evaluation import average_over_symmetries, make_predictor
+from train.input.dataset import TEST_IMAGES, Slice, find_pairs, fold_of, load_slices, windows_of
 from train.log import RunLog
 from train.loop import precision_of, train
-from train.losses import border_weights
-from train.network import build_unet
-from train.saved_model import write_saved_model
+from train.model.losses import border_weights
+from train.model.network import build_unet
+from train.model.saved_model import write_saved_model
 from train.throughput import measure
 from unet import __version__
 from unet.errors import say
 from unet.files import write_json
 from unet.intensity import to_uint8, window_of
 from unet.scores import score_stack
-from unet.stack import StackReader, StackWriter
+from unet.volume import StackReader, StackWriter
 
 if TYPE_CHECKING:
     from train.evaluation import Predictor

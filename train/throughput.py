@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from train.config import ConfigError, TrainConfig
-from train.dataset import Slice, windows_of
+from train.input.dataset import Slice, windows_of
 from train.loop import Trainer
 
 if TYPE_CHECKING:

@@ -1,11 +1,16 @@
-"""What of this machine a process may use: cores after affinity and container limits, and the sockets they lie on."""
+"""This machine: the cores that a process may use, the memory nodes that they lie on, and its NVIDIA GPUs."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+TOOL_TIMEOUT_S = 30.0
 _CGROUP = Path("/sys/fs/cgroup")
 _NODES = Path("/sys/devices/system/node")
 
@@ -59,3 +64,31 @@ def _cores(listing: str) -> set[int]:
         first, _, last = part.partition("-")
         cores |= set(range(int(first), int(last or first) + 1))
     return cores
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU, as its driver describes it."""
+
+    name: str
+    driver: str
+    compute_capability: float
+    memory_mib: int
+
+
+def parse_gpus(said: str) -> list[Gpu]:
+    """The lines of nvidia-smi's table: name, driver, compute capability, MiB."""
+    rows = [[cell.strip() for cell in line.rsplit(",", 3)] for line in said.splitlines() if line.strip()]
+    return [Gpu(name, driver, float(capability), int(memory)) for name, driver, capability, memory in rows]
+
+
+def run_tool(*words: str) -> str | None:
+    """What a program prints, None where it is missing or fails."""
+    found = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
+    if found is None:
+        return None
+    try:
+        done = subprocess.run([found, *words[1:]], capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unet.errors import UnetError, command, say
-from unet.stack import StackWriter
+from unet.volume import StackWriter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

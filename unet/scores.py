@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unet.errors import UnetError, command, say
-from unet.stack import PROBABILITY_LIMITS, StackReader, read_labels
+from unet.volume import PROBABILITY_LIMITS, StackReader, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unet.demo import follow_log, main
+from tools.demo import follow_log, main
 
 
 def test_a_folder_of_something_else_is_not_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.tiles import Tiles, gather_tiles
-from unet.stack import StackWriter
+from export.gate.tiles import Tiles, gather_tiles
+from unet.volume import StackWriter
 
 SIZES = (204, 220)
 
@@ -20,8 +20,8 @@ def write_random_saved_model(path: Path, base_filters: int = 2, *, poison: float
 
     Random initial weights alone give probabilities all near 0.5, and zero biases are optimised away.
     """
-    from train.network import build_unet
-    from train.saved_model import write_saved_model
+    from train.model.network import build_unet
+    from train.model.saved_model import write_saved_model
 
     model = build_unet(base_filters=base_filters)
     rng = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def single(model_dir: Path) -> Any:
     """The float32 graph. Tests that change it take a copy."""
-    from export.to_onnx import convert
+    from export.steps.to_onnx import convert
 
     return convert(model_dir / "saved_model")
 
@@ -75,7 +75,7 @@ def single(model_dir: Path) -> Any:
 @pytest.fixture(scope="session")
 def half(single: Any) -> Any:
     """The float16 graph. Tests that change it take a copy."""
-    from export.half_precision import to_half
+    from export.steps.half_precision import to_half
 
     return to_half(single)
 
@@ -89,7 +89,7 @@ def tiles(data_dir: Path) -> Tiles:
 @pytest.fixture(scope="session")
 def reference(model_dir: Path) -> Any:
     """The SavedModel, run by TensorFlow."""
-    from export.reference import Reference
+    from export.steps.reference import Reference
 
     return Reference(model_dir / "saved_model")
 

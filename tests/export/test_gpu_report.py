@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.engine_build import keep_plan
+from export.gate.parity import ParityError
 from export.gpu_report import parity, report, samples
-from export.parity import ParityError
-from export.pipeline import HALF_FILE, SINGLE, ExportConfig, export_model
+from export.pipeline import ExportConfig, export_model
+from export.plan.build import keep_plan
 from export.provenance import PAGE
-from export.trtexec import PLAN
 from unet.card import Card
-from unet.cpu_engine import CpuEngine, EngineChoice
+from unet.engine.cpu import CpuEngine, EngineChoice
+from unet.names import HALF_FILE, ONNX_FILE, PLAN_FILE
 
 SIZES = (284, 300)
 
@@ -46,7 +46,7 @@ def test_every_batch_size_is_compared_with_both_files(card: Card, data_dir: Path
     assert [sample.tiles.shape for sample in found] == [(16, 1, size, size) for size in SIZES]
     assert len({tile.tobytes() for tile in found[0].tiles}) >= 8
     comparisons = parity(Runner(card.folder / HALF_FILE), found)
-    assert [one.against for one in comparisons] == [SINGLE, HALF_FILE] * 2
+    assert [one.against for one in comparisons] == [ONNX_FILE, HALF_FILE] * 2
     for one in comparisons:
         one.check()
     text = report(
@@ -66,8 +66,8 @@ def test_a_fault_at_one_batch_size_is_found(card: Card, data_dir: Path) -> None:
 
 def test_a_plan_shows_on_the_card_and_on_its_page(card: Card, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(card.folder, tmp_path / "artefacts"))
-    assert PLAN not in (folder / PAGE).read_text()
-    command = "python export/engine_build.py --artefacts . --target v100"
+    assert PLAN_FILE not in (folder / PAGE).read_text()
+    command = "python -m export.plan.build --artefacts . --target v100"
     keep_plan(Card.load(folder), b"layers", "{}", command, {"tensorrt": "10.4.0"}, compute_capability="7.0")
     found = Card.load(folder)
     found.verify_all()
@@ -77,7 +77,7 @@ def test_a_plan_shows_on_the_card_and_on_its_page(card: Card, tmp_path: Path) ->
         "10.4.0",
         "7.0",
     )
-    assert f"| {PLAN} | `{entry.sha256[:12]}` | onnx_fp16 | `{command}` |" in (folder / PAGE).read_text()
+    assert f"| {PLAN_FILE} | `{entry.sha256[:12]}` | onnx_fp16 | `{command}` |" in (folder / PAGE).read_text()
 
 
 def test_without_a_gpu_it_is_one_sentence(card: Card, project_root: Path) -> None:
@@ -89,15 +89,16 @@ def test_without_a_gpu_it_is_one_sentence(card: Card, project_root: Path) -> Non
 
 @pytest.mark.gpu
 def test_a_plan_is_built_proven_and_run(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
-    from export.engine_build import build_into
-    from export.engine_run import PlanRunner, benchmark, gpu
-    from export.targets import TARGETS
+    from export.plan.build import build_into
+    from export.plan.targets import TARGETS
+    from unet.engine.device import gpu
+    from unet.engine.plan import PlanRunner, benchmark
 
     target = next(name for name, one in TARGETS.items() if one.compute_capability == gpu().compute_capability)
     card = export_model(ExportConfig(model_dir, tmp_path / "artefacts", data_dir, target, SIZES), lambda _: None)
     build_into(card.folder, target)
     assert (card.folder / "plan.json").stat().st_size > 100
-    assert PLAN in (card.folder / PAGE).read_text()
+    assert PLAN_FILE in (card.folder / PAGE).read_text()
     with PlanRunner(card.folder) as runner:
         for one in parity(runner, samples(Card.load(card.folder), data_dir, 16)):
             one.check()

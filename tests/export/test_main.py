@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from export.main import data_folder, main
+from export.plan.trtexec import plan_command
 from export.provenance import machine, versions
-from export.trtexec import plan_command
 from unet.card import Card, CardError
-from unet.cpu_engine import load_engine
+from unet.engine.cpu import load_engine
 from unet.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -77,7 +77,7 @@ def test_the_page_names_files_figures_and_the_slices(artefacts: Path) -> None:
 def test_a_recorded_command_makes_the_recorded_file(artefacts: Path, tmp_path: Path) -> None:
     card = Card.load(artefacts)
     command = card.artefacts["onnx_fp16"].command.split()
-    assert command[:3] == ["python", "-m", "export.half_precision"]
+    assert command[:3] == ["python", "-m", "export.steps.half_precision"]
     (tmp_path / "model.onnx").write_bytes((artefacts / "model.onnx").read_bytes())
     subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True)
     assert sha256_of(tmp_path / "model.fp16.onnx") == card.artefacts["onnx_fp16"].sha256

@@ -8,9 +8,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from serve.repository import ModelSettings, publish
-from serve.triton_process import TritonServer
-from serve.triton_settings import ServerSettings
+from serve.models.config import ModelSettings
+from serve.models.publish import publish
+from serve.server.process import TritonServer
+from serve.server.settings import ServerSettings
 from unet.card import Card, Engine
 from unet.processes import free_ports
 

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 
 from train.config import TrainConfig
-from train.dataset import Slice
+from train.input.dataset import Slice
 from unet.phantom import synthetic_stack
 
 

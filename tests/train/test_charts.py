@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from train.augmentation import NO_AUGMENTATION, Augmentation
 from train.charts import augmentation_sheet, learning_curve, threshold_curve
-from train.dataset import Slice, Windows
+from train.input.augmentation import NO_AUGMENTATION, Augmentation
+from train.input.dataset import Slice, Windows
 from train.log import RunLog
-from unet.overlay import membrane_overlay
 from unet.scores import score_stack
+from unet.volume.overlay import membrane_overlay
 
 
 def test_the_learning_curve_needs_a_loss(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from train.install_horovod import build_environment
+from tools.install_horovod import build_environment
 
 
 def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, project_root: Path, *more: str) -> None:

@@ -18,10 +18,10 @@ import tensorflow as tf
 from train.checkpoints import CheckpointError, Checkpoints
 from train.cluster import Cluster
 from train.config import ConfigError, TrainConfig
-from train.dataset import Slice
+from train.input.dataset import Slice
 from train.log import RunLog, read_log
 from train.loop import Schedule, TrainingError, make_optimizer, precision_of, train
-from train.network import build_unet
+from train.model.network import build_unet
 
 Make = Callable[..., TrainConfig]
 

@@ -12,7 +12,7 @@ import pytest
 
 from train.cluster import Cluster
 from train.config import ConfigError, TrainConfig
-from train.dataset import Slice
+from train.input.dataset import Slice
 from train.throughput import measure, time_steps
 
 

@@ -23,8 +23,8 @@ def folder(tmp_path: Path) -> Path:
     card.record(
         "saved_model", tmp_path / "saved_model", None, "python train/main.py", versions={"tensorflow": "2.15.1"}
     )
-    card.record("onnx", tmp_path / "model.onnx", "saved_model", "python -m export.to_onnx", opset=17)
-    card.record("onnx_fp16", tmp_path / "model.fp16.onnx", "onnx", "python -m export.half_precision")
+    card.record("onnx", tmp_path / "model.onnx", "saved_model", "python -m export.steps.to_onnx", opset=17)
+    card.record("onnx_fp16", tmp_path / "model.fp16.onnx", "onnx", "python -m export.steps.half_precision")
     card.model = {"base_filters": 16, "parameters": 1_940_834}
     card.tile_sizes = (572, 700)
     card.engine = Engine("openvino", "bf16", "model.fp16.onnx", 12.5)
@@ -76,7 +76,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 def test_a_child_of_another_parent_is_refused(folder: Path) -> None:
     card = Card.load(folder)
     (folder / "model.onnx").write_bytes(b"trained anew")
-    card.record("onnx", folder / "model.onnx", "saved_model", "python -m export.to_onnx")
+    card.record("onnx", folder / "model.onnx", "saved_model", "python -m export.steps.to_onnx")
     card.verify("onnx")
     with pytest.raises(CardError, match=r"model\.fp16\.onnx was made from another onnx: its SHA-256 began"):
         card.verify("onnx_fp16")

@@ -6,7 +6,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.network import build_unet
+from train.model.network import build_unet
 from unet.geometry import (
     GRID,
     HALO,

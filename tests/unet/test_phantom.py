@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from unet.phantom import PhantomError, main, synthetic_stack
 from unet.scores import score_stack
-from unet.stack import StackReader, load_pair, read_images
+from unet.volume import StackReader, load_pair, read_images
 
 Array = npt.NDArray[Any]
 

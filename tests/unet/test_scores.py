@@ -20,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from unet.scores import ScoreError, dice, pixel_error, score_stack, thinned_segments, v_rand_v_info
-from unet.stack import read_labels
+from unet.volume import read_labels
 
 Array = npt.NDArray[Any]
 

@@ -1,0 +1,194 @@
+"""The gate in the task's own terms: the scores of whole held-out slices, before and after a step.
+
+A small difference of probabilities can open a membrane and merge two cells. So where labels are known of slices that
+training did not see, a step must also keep V_rand and V_info.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.gate.parity import ParityError
+from unet.files import atomic_file
+from unet.geometry import TilePlan, cheapest_tile_size, plan_tiles, predict_tiled
+from unet.intensity import to_uint8, window_of
+from unet.scores import StackScores, score_stack
+from unet.volume import StackReader, read_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+MOST_SLICES = 6
+_GAP_PX = 8
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a step makes of the scores.
+
+    Attributes:
+        v_rand: V_rand thin at its best threshold, after the step.
+        v_info: V_info thin, likewise.
+        ratio: the smaller of both scores' ratios to the SavedModel's.
+        least: the smallest ratio that is accepted.
+    """
+
+    step: str
+    v_rand: float
+    v_info: float
+    ratio: float
+    least: float
+
+    def check(self) -> Change:
+        """Itself, where accepted.
+
+        Raises:
+            ParityError: naming step, figure and bound.
+        """
+        if not self.ratio >= self.least:
+            raise ParityError(
+                f"{self.step} keeps only {self.ratio:.4f} of the SavedModel's V_rand or V_info on the held-out slices, "
+                f"{self.least:g} is the least accepted"
+            )
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The change as the card keeps it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step} on the held-out slices: V_rand thin {self.v_rand:.4f}, V_info thin {self.v_info:.4f}, "
+            f"{self.ratio:.4f} of the SavedModel's (accepted: {self.least:g})"
+        )
+
+
+@dataclass(frozen=True)
+class ScoredSlices:
+    """Whole slices with their labels.
+
+    Attributes:
+        images: uint8 [n, H, W].
+        labels: uint8 [n, H, W], 0 membrane, 1 not.
+        tile_size: that the slices are cut into.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    tile_size: int
+
+    @property
+    def plan(self) -> TilePlan:
+        """How each slice is covered."""
+        height, width = self.images.shape[1:]
+        return plan_tiles(height, width, self.tile_size)
+
+    def tiles(self) -> list[NDArray[np.uint8]]:
+        """The tiles of each slice, uint8 [T, 1, S, S]."""
+        plan = self.plan
+        found: list[NDArray[Any]] = [
+            np.stack([plan.extract(image, tile) for tile in plan.tiles]) for image in self.images
+        ]
+        return [tiles[:, np.newaxis] for tiles in found]
+
+    def assemble(self, outputs: Sequence[NDArray[np.float16]]) -> NDArray[np.float32]:
+        """Slices, float32 [n, H, W], out of the probabilities of their tiles, [T, 1, S - 184, S - 184] each."""
+        plan = self.plan
+        whole = np.empty(self.images.shape, np.float32)
+        for result, output in zip(whole, outputs):
+            for tile, part in zip(plan.tiles, output):
+                plan.place(part[0], tile, result)
+        return whole
+
+    def predict(self, infer: Callable[[NDArray[np.uint8]], NDArray[np.float16]]) -> NDArray[np.float32]:
+        """The slices' probabilities, float32 [n, H, W], by a function of tiles, [N, 1, S, S]."""
+        plan = self.plan
+
+        def planes(tiles: NDArray[Any]) -> NDArray[Any]:
+            return infer(tiles[:, np.newaxis])[:, 0]
+
+        return np.stack([predict_tiled(image, plan, planes).astype(np.float32) for image in self.images])
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores steps against the SavedModel.
+
+    Attributes:
+        slices: what is scored.
+        expected: the SavedModel's probabilities of them, float32 [n, H, W].
+        before: their scores.
+    """
+
+    slices: ScoredSlices
+    expected: NDArray[np.float32]
+    before: StackScores
+
+    @classmethod
+    def of(cls, slices: ScoredSlices, expected: NDArray[np.float32]) -> Judge:
+        """With the SavedModel's scores."""
+        return cls(slices, expected, score_stack(expected, slices.labels))
+
+    def judge(self, step: str, infer: Callable[[NDArray[np.uint8]], NDArray[np.float16]], least: float) -> Change:
+        """Score a step; not yet checked."""
+        after = score_stack(self.slices.predict(infer), self.slices.labels)
+        ratios = (after.best_v_rand / self.before.best_v_rand, after.best_v_info / (self.before.best_v_info or 1.0))
+        return Change(step, after.best_v_rand, after.best_v_info, min(ratios), least)
+
+    def worst_slice_png(self, path: Path, infer: Callable[[NDArray[np.uint8]], NDArray[np.float16]]) -> float:
+        """Write the slice where an engine differs most: image, SavedModel, engine, and ten times their difference.
+
+        Returns:
+            The mean absolute difference of that slice.
+        """
+        from PIL import Image
+
+        found = self.slices.predict(infer)
+        differences = np.abs(found - self.expected)
+        worst = int(differences.mean(axis=(1, 2)).argmax())
+        planes = [self.expected[worst], found[worst], np.minimum(10 * differences[worst], 1)]
+        panels = [self.slices.images[worst], *(np.asarray(np.rint(plane * 255), np.uint8) for plane in planes)]
+        gap = np.full((panels[0].shape[0], _GAP_PX), 255, np.uint8)
+        row = [part for panel in panels for part in (panel, gap)][:-1]
+        with atomic_file(path) as aside:
+            Image.fromarray(np.concatenate(row, axis=1)).save(aside, format="PNG")
+        return float(differences[worst].mean())
+
+
+def gather_scored(
+    data_dir: Path | None, tile_sizes: Sequence[int], held_out: Mapping[str, Sequence[int]]
+) -> ScoredSlices | None:
+    """The labelled slices that training did not see, at most six; None where there are none.
+
+    Args:
+        data_dir: folder of the training stacks.
+        tile_sizes: that will be served.
+        held_out: pages kept from training, by file name.
+
+    Raises:
+        StackError: a stack cannot be read.
+    """
+    for name, pages in held_out.items():
+        stack = None if data_dir is None else data_dir / name
+        if stack is None or not pages or not stack.exists():
+            continue
+        labels_path = stack.with_name(stack.name.replace("-volume.", "-labels."))
+        if not labels_path.exists():
+            continue
+        labels = read_labels(labels_path)
+        with StackReader(stack) as reader:
+            chosen = [page for page in pages if page < min(len(reader), len(labels))][:MOST_SLICES]
+            # A slice that is all membrane has no cells to score.
+            chosen = [page for page in chosen if labels[page].any()]
+            window = None if reader.dtype == np.uint8 else window_of(reader)
+            images = [to_uint8(reader[page], window) for page in chosen]
+        if images:
+            size = cheapest_tile_size(images[0].shape[0], images[0].shape[1], tuple(tile_sizes))
+            return ScoredSlices(np.stack(images), labels[chosen], size)
+    return None

@@ -1,0 +1,1 @@
+"""TensorRT: build a plan, run it, and prove it."""

@@ -1,0 +1,1 @@
+"""The conversions: one artefact in, one out."""

@@ -1,0 +1,1 @@
+"""Speed and size: of the engine, of the server, of peers, and of what a load needs."""

@@ -1,0 +1,252 @@
+"""The same tiles by every way that they can take: the engine alone, Triton by gRPC and by shared memory, perf_analyzer.
+
+Each way is a level: something with a name that measures a load for a while and gives a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.measure.meter import Cost, Meter, ServerCounts
+from serve.measure.perf_analyzer import PerfAnalyzer, PerfRow
+from serve.segment.connection import ClientError, Connection, Interface
+from serve.segment.slots import CudaSlot, SharedSlot, Slot, make_slots
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Infer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float16]]
+# Levels by the kind of room that their requests travel in, the fastest first.
+WAYS = {CudaSlot: "CUDA shared memory", SharedSlot: "shared memory", Slot: "gRPC"}
+# A level that is too slow for the wanted seconds still answers so many requests.
+_LEAST_REQUESTS = 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a level: so many requests at a time, each of a batch of square tiles."""
+
+    tile_size: int
+    batch_size: int
+    concurrency: int = 1
+
+    def images(self) -> npt.NDArray[np.uint8]:
+        """Noise, uint8 [N, 1, S, S]: the network takes as long for it as for anything else."""
+        shape = (self.batch_size, 1, self.tile_size, self.tile_size)
+        return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one level came to in one round.
+
+    Attributes:
+        images: answered.
+        wall_s: in so many seconds. Of perf_analyzer, which starts and warms up in between, the rate is the right one.
+        latencies_s: of each request; none where perf_analyzer, which keeps them to itself, measured.
+        server: what the server counted meanwhile, None without one.
+        cost: what it took, None where it was not measured.
+        perf: perf_analyzer's own row.
+    """
+
+    images: float
+    wall_s: float
+    latencies_s: tuple[float, ...] = ()
+    server: ServerCounts | None = None
+    cost: Cost | None = None
+    perf: PerfRow | None = None
+
+    @property
+    def img_per_s(self) -> float:
+        """Images over wall time."""
+        return self.images / self.wall_s
+
+
+class Level(Protocol):
+    """One way from tiles to probabilities."""
+
+    name: str
+
+    def measure(self, load: Load, seconds: float) -> Sample:
+        """Keep it under load for so many seconds, and for two requests at least."""
+
+
+def timed_requests(send: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds of each of several calls, one after another."""
+    latencies_s: list[float] = []
+    started = now = time.perf_counter()
+    while now - started < seconds or len(latencies_s) < _LEAST_REQUESTS:
+        send()
+        latencies_s.append(time.perf_counter() - now)
+        now = time.perf_counter()
+    return latencies_s
+
+
+class EngineLevel:
+    """The engine that is served, alone in this process: what the rest is measured against."""
+
+    name = "engine"
+
+    def __init__(self, infer: Infer, meter: Meter) -> None:
+        self._infer, self._meter = infer, meter
+
+    def measure(self, load: Load, seconds: float) -> Sample:
+        """One pass after another: it has no use for more at a time."""
+        images = load.images()
+        self._infer(images)
+        with self._meter.measure() as cost:
+            latencies_s = timed_requests(lambda: self._infer(images), seconds)
+        return Sample(load.batch_size * len(latencies_s), sum(latencies_s), tuple(latencies_s), cost=cost)
+
+
+class TritonLevel:
+    """Triton by tritonclient's gRPC, the pixels sent or in shared memory.
+
+    Args:
+        kind: of room that pixels travel in.
+        url: the server's address.
+        model: the served model.
+        timeout_s: longest wait for an answer.
+        meter: of that server.
+    """
+
+    def __init__(self, kind: type[Slot], url: str, model: str, timeout_s: float, meter: Meter) -> None:
+        self.name = WAYS[kind]
+        self._kind, self._url, self._model, self._timeout_s = kind, url, model, timeout_s
+        self._meter = meter
+
+    def measure(self, load: Load, seconds: float) -> Sample:
+        """As many threads as requests at a time, each with a connection of its own.
+
+        Raises:
+            ClientError: the server does not answer or refuses.
+        """
+        images, count = load.images(), load.concurrency
+        taken: list[list[float]] = [[] for _ in range(count)]
+        failures: list[Exception] = []
+        ready, go = threading.Barrier(count + 1), threading.Barrier(count + 1)
+
+        def client(index: int) -> None:
+            try:
+                with self._sender(images) as send:
+                    send()
+                    ready.wait()
+                    go.wait()
+                    taken[index] = timed_requests(send, seconds)
+            except threading.BrokenBarrierError:
+                pass
+            except Exception as error:
+                failures.append(error)
+                ready.abort()
+                go.abort()
+
+        threads = [threading.Thread(target=client, args=(index,), daemon=True) for index in range(count)]
+        for thread in threads:
+            thread.start()
+        connection = Connection(self._url, self._model, "", self._timeout_s)
+        try:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                ready.wait()
+                before = ServerCounts.read(connection.client, self._model)
+                with self._meter.measure() as cost:
+                    started = time.perf_counter()
+                    go.wait()
+                    for thread in threads:
+                        thread.join()
+                    wall_s = time.perf_counter() - started
+                counts = ServerCounts.read(connection.client, self._model).since(before)
+        finally:
+            connection.close()
+        if failures:
+            raise failures[0]
+        latencies_s = tuple(latency for each in taken for latency in each)
+        return Sample(load.batch_size * len(latencies_s), wall_s, latencies_s, counts, cost)
+
+    @contextlib.contextmanager
+    def _sender(self, images: npt.NDArray[np.uint8]) -> Any:
+        """A function that sends the batch and waits for its answer."""
+        connection = Connection(self._url, self._model, "", self._timeout_s)
+        try:
+            shape = (images.shape[0], images.shape[1], images.shape[2], images.shape[3])
+            slot = make_slots(connection, 1, shape, self._kind, insist=True)[0]
+            try:
+
+                def send() -> None:
+                    slot.images[...] = images
+                    answer = connection.infer(*slot.tensors(connection.grpc, len(images)))
+                    slot.outputs(answer, len(images))
+
+                yield send
+            finally:
+                slot.close()
+        finally:
+            connection.close()
+
+
+class PerfAnalyzerLevel:
+    """NVIDIA's perf_analyzer on the same server, with the same load.
+
+    Args:
+        analyzer: the program.
+        kind: of room that its pixels travel in.
+        url: the server's address.
+        model: the served model.
+        timeout_s: longest run.
+        meter: of that server.
+    """
+
+    name = "perf_analyzer"
+
+    def __init__(
+        self, analyzer: PerfAnalyzer, kind: type[Slot], url: str, model: str, timeout_s: float, meter: Meter
+    ) -> None:
+        self._analyzer, self._memory, self._url, self._model = analyzer, kind.memory, url, model
+        self._timeout_s, self._meter = timeout_s, meter
+        self._ours = TritonLevel(kind, url, model, timeout_s, meter)
+        self._rates: dict[Load, float] = {}
+
+    def measure(self, load: Load, seconds: float) -> Sample:
+        """Three of its windows, which together last about as long as was asked for.
+
+        Raises:
+            PerfAnalyzerError: it fails or sees nothing stable.
+        """
+        # It wants a number of requests for each window, of which it takes three.
+        if load not in self._rates:
+            self._rates[load] = self._ours.measure(load, 0.0).img_per_s / load.batch_size
+        wanted = self._rates[load] * seconds / 3
+        started = time.perf_counter()
+        with self._meter.measure() as cost:
+            row = self._analyzer.measure(
+                self._url,
+                self._model,
+                load.batch_size,
+                load.tile_size,
+                concurrency=load.concurrency,
+                requests=max(_LEAST_REQUESTS, load.concurrency, round(wanted)),
+                memory=self._memory,
+                timeout_s=self._timeout_s,
+            )
+        wall_s = time.perf_counter() - started
+        return Sample(row.img_per_s * wall_s, wall_s, perf=row, cost=cost)
+
+
+def check_loads(loads: Sequence[Load], interface: Interface) -> None:
+    """Refuse what the served model does not take, before anything is measured.
+
+    Raises:
+        ClientError: naming what it takes.
+    """
+    for load in loads:
+        if load.tile_size not in interface.tile_sizes:
+            sizes = ", ".join(str(size) for size in interface.tile_sizes)
+            raise ClientError(f"the model takes tiles of {sizes}, not of {load.tile_size}")
+        if not 1 <= load.batch_size <= interface.max_batch_size:
+            raise ClientError(f"the model takes batches of 1 to {interface.max_batch_size}, not of {load.batch_size}")

@@ -1,0 +1,197 @@
+"""Rows of the benchmark: what the rounds of one level came to under one load, and whether that can be believed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serve.measure.levels import WAYS
+from serve.measure.perf_analyzer import COLUMNS
+from unet.geometry import plan_tiles
+from unet.machine import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from serve.measure.levels import Load, Sample
+
+SLICE_PX = 512
+PERCENTILES = (50, 90, 95, 99)
+# Little's law holds for means over the same stretch; the ends of a short one do not quite belong to it.
+_LITTLE_TOLERANCE = 0.2
+# The mean of equal latencies is one of them only up to the rounding of their sum.
+_ROUNDING = 1e-9
+# Largest over smallest rate of the rounds, from which on the machine was busy with something else in some of them.
+_LARGEST_SPREAD = 1.5
+# Of the cores, taken by processes that are neither ours nor the server's.
+_LARGEST_OTHER_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One level under one load.
+
+    Attributes:
+        img_per_s: images over wall time, all rounds together.
+        rounds: the same of each round.
+        requests: that were answered; None where perf_analyzer does not say.
+        mean_ms: of a request, from its sending to its answer.
+        queue_ms: of that, waiting in the server for an engine, the mean by the server's own counts; None without one.
+        compute_input_ms: bringing the pixels to the engine.
+        compute_infer_ms: in the engine, for Triton's python backend with the way to it.
+        compute_output_ms: bringing the answer back.
+        images_per_pass: the batch that dynamic batching achieved.
+        client_cores: cores' worth of time that the client took.
+        server_cores: and the server; None where it cannot be seen.
+        other_cores: and everything else on the machine.
+        server_rss_mib: resident memory of the server and its backends.
+        gpu_percent: utilisation of the GPU; None without one.
+        gpu_mib: its memory in use.
+        wire_bytes_per_img: over the network or the loopback interface.
+        refused: why the row is not to be believed; empty if nothing speaks against it.
+    """
+
+    level: str
+    tile_size: int
+    batch_size: int
+    concurrency: int
+    img_per_s: float
+    rounds: tuple[float, ...]
+    requests: int | None = None
+    mean_ms: float | None = None
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    queue_ms: float | None = None
+    compute_input_ms: float | None = None
+    compute_infer_ms: float | None = None
+    compute_output_ms: float | None = None
+    images_per_pass: float | None = None
+    client_cores: float | None = None
+    server_cores: float | None = None
+    other_cores: float | None = None
+    server_rss_mib: float | None = None
+    gpu_percent: float | None = None
+    gpu_mib: float | None = None
+    wire_bytes_per_img: float | None = None
+    refused: str = ""
+
+    @property
+    def slices_per_s(self) -> float:
+        """Slices of 512 x 512 a second that so many tiles make."""
+        return self.img_per_s / len(plan_tiles(SLICE_PX, SLICE_PX, self.tile_size))
+
+    def columns(self) -> dict[str, str]:
+        """The row by perf_analyzer's names for its columns, times in microseconds; empty where nothing was measured."""
+        shares = self.queue_ms, self.compute_input_ms, self.compute_infer_ms, self.compute_output_ms
+        network = None
+        if self.mean_ms is not None and self.queue_ms is not None:
+            network = self.mean_ms - sum(share or 0.0 for share in shares)
+        times = (None, network, *shares, None, self.p50_ms, self.p90_ms, self.p95_ms, self.p99_ms)
+        words = ["" if time is None else f"{time * 1e3:.0f}" for time in times]
+        return dict(zip(COLUMNS, (str(self.concurrency), f"{self.img_per_s:.4f}", *words)))
+
+
+def lone_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of a benchmark's JSON the rows through Triton with one request at a time, of its first tile size.
+
+    Those with shared memory, or, where there are none, those with pixels sent; a refused row is left out.
+    """
+    rows = [row for row in record["rows"] if row["concurrency"] == 1 and not row["refused"]]
+    for level in WAYS.values():
+        found = [row for row in rows if row["level"] == level]
+        if found:
+            return [row for row in found if row["tile_size"] == found[0]["tile_size"]]
+    return []
+
+
+def summarise(level: str, load: Load, samples: Sequence[Sample]) -> Row:
+    """The row of a level's rounds."""
+    rounds = tuple(sample.img_per_s for sample in samples)
+    rate = sum(sample.images for sample in samples) / sum(sample.wall_s for sample in samples)
+    values: dict[str, float] = {}
+    values |= _from_perf_analyzer(samples) if samples[0].perf is not None else _latencies(samples)
+    values |= _server_counts(samples) | _costs(samples)
+    requests = sum(len(sample.latencies_s) for sample in samples) or None
+    where = level, load.tile_size, load.batch_size, load.concurrency
+    alone = samples[0].server is None and samples[0].perf is None
+    refused = refusal(replace(load, concurrency=1) if alone else load, rate, rounds, values, requests)
+    return Row(*where, rate, rounds, requests, **values, refused=refused)  # type: ignore[arg-type]
+
+
+def _latencies(samples: Sequence[Sample]) -> dict[str, float]:
+    taken_ms = np.concatenate([sample.latencies_s for sample in samples]) * 1e3
+    values = {f"p{share}_ms": float(np.percentile(taken_ms, share)) for share in PERCENTILES}
+    return {"mean_ms": float(taken_ms.mean()), **values}
+
+
+def _from_perf_analyzer(samples: Sequence[Sample]) -> dict[str, float]:
+    """The means over its runs; it keeps single latencies to itself."""
+    names = {f"p{share}_ms": f"p{share} latency" for share in PERCENTILES}
+    names |= {"queue_ms": "Server Queue", "compute_input_ms": "Server Compute Input"}
+    names |= {"compute_infer_ms": "Server Compute Infer", "compute_output_ms": "Server Compute Output"}
+    rows = [sample.perf for sample in samples if sample.perf is not None]
+    return {ours: float(np.mean([row.ms(theirs) for row in rows])) for ours, theirs in names.items()}
+
+
+def _server_counts(samples: Sequence[Sample]) -> dict[str, float]:
+    counts = [sample.server for sample in samples if sample.server is not None]
+    requests = sum(count.requests for count in counts)
+    if not requests:
+        return {}
+    names = ("queue", "compute_input", "compute_infer", "compute_output")
+    times = {f"{name}_ms": sum(getattr(count, f"{name}_ns") for count in counts) / requests / 1e6 for name in names}
+    return {**times, "images_per_pass": sum(count.images for count in counts) / sum(count.passes for count in counts)}
+
+
+def _costs(samples: Sequence[Sample]) -> dict[str, float]:
+    costs = [sample.cost for sample in samples if sample.cost is not None]
+    if not costs:
+        return {}
+    wall_s = sum(sample.wall_s for sample in samples)
+    values = {"other_cores": sum(cost.other_cpu_s for cost in costs) / wall_s}
+    if samples[0].perf is not None:
+        return values  # the rest is as much of its start as of its load
+    values["client_cores"] = sum(cost.client_cpu_s for cost in costs) / wall_s
+    if samples[0].server is None:
+        return values  # no server took part
+    values["wire_bytes_per_img"] = sum(cost.wire_bytes for cost in costs) / sum(sample.images for sample in samples)
+    if all(cost.server_cpu_s is not None for cost in costs):
+        values["server_cores"] = sum(cost.server_cpu_s or 0.0 for cost in costs) / wall_s
+    for name in ("server_rss_mib", "gpu_percent", "gpu_mib"):
+        known = [getattr(cost, name) for cost in costs if getattr(cost, name) is not None]
+        if known:
+            values[name] = float(max(known))
+    return values
+
+
+def refusal(
+    load: Load, rate: float, rounds: Sequence[float], values: dict[str, float], requests: int | None = None
+) -> str:
+    """Why a row contradicts itself or was disturbed; empty if nothing speaks against it.
+
+    Args:
+        load: what was asked for.
+        rate: images a second.
+        rounds: the same in each round.
+        values: the row's other figures, by name.
+        requests: how many there were.
+    """
+    mean_ms, p99_ms = values.get("mean_ms"), values.get("p99_ms")
+    if mean_ms is not None and p99_ms is not None and mean_ms > p99_ms * (1 + _ROUNDING):
+        return f"the mean latency, {mean_ms:.1f} ms, is beyond the 99th percentile, {p99_ms:.1f} ms"
+    if mean_ms is not None:
+        # Little's law: images under way = rate x time that each is under way. The last answers come one by one.
+        expected = load.batch_size * load.concurrency / mean_ms * 1e3
+        ends = (load.concurrency - 1) / requests if requests else 0.0
+        if abs(rate / expected - 1) > _LITTLE_TOLERANCE + ends:
+            return f"{rate:.1f} img/s do not go with a mean latency of {mean_ms:.1f} ms, which makes {expected:.1f}"
+    if max(rounds) > _LARGEST_SPREAD * min(rounds):
+        return f"not stable: its rounds gave {min(rounds):.1f} to {max(rounds):.1f} img/s"
+    other = values.get("other_cores", 0.0)
+    if other > _LARGEST_OTHER_SHARE * usable_cores():
+        return f"another load on the machine took {other:.1f} cores meanwhile"
+    return ""

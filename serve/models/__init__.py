@@ -1,0 +1,1 @@
+"""What is published: versions of a model and their configuration."""

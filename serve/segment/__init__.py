@@ -1,0 +1,1 @@
+"""Tiles to a server and their probabilities back."""

@@ -1,0 +1,257 @@
+"""Slices through a served U-Net: tiles out, probabilities back, several requests in flight."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.segment.bands import Job, band_of, turned, turned_back
+from serve.segment.connection import ClientError
+from serve.segment.dispatch import Batch, Dispatcher, Settings, addresses
+from serve.segment.slots import SHARED_MEMORY
+from unet.geometry import HALO, TilePlan, cheapest_tile_size, gather, mirrored_indices, plan_tiles
+from unet.intensity import Window, to_uint8
+
+if TYPE_CHECKING:
+    from serve.segment.connection import Interface, Tls
+    from unet.geometry import Tile
+
+VIEWS = 8
+# A float16 of at most 1 is a whole multiple of this, so that sums of them are exact and their order does not matter.
+_STEPS = 2**24
+
+
+@dataclass
+class _Work:
+    """A band whose tiles are under way."""
+
+    job: Job
+    window: Window | None
+    result: npt.NDArray[Any]
+    views: int
+    batches: list[Batch] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def done(self) -> bool:
+        return all(batch.answered for batch in self.batches)
+
+    def fill(self, tiles: Sequence[tuple[Tile, int]], images: npt.NDArray[np.uint8]) -> None:
+        """Put tiles, each as seen in a view, into uint8 [N, 1, S, S]."""
+        for place, (tile, view) in zip(images, tiles):
+            rows = mirrored_indices(tile.row0 - HALO, tile.size, self.job.height) - self.job.first_row
+            cols = mirrored_indices(tile.col0 - HALO, tile.size, self.job.image.shape[1])
+            place[0] = turned(to_uint8(gather(self.job.image, rows, cols), self.window), view)
+
+    def accept(self, tiles: Sequence[tuple[Tile, int]], outputs: npt.NDArray[np.float16]) -> None:
+        """Place answers, float16 [N, 1, S - 184, S - 184]."""
+        for output, (tile, view) in zip(outputs, tiles):
+            rows, cols = tile.write
+            into = self.result[rows.start - self.job.band.row0 : rows.stop - self.job.band.row0, cols]
+            answer = turned_back(output[0], view)[tile.source]
+            if self.views == 1:
+                into[...] = answer
+            else:
+                with self.lock:
+                    into += (answer.astype(np.float32) * np.float32(_STEPS)).astype(np.int32)
+
+    def probability(self) -> npt.NDArray[Any]:
+        """The finished rows: float16, or float32 where several views were taken the mean of."""
+        if self.views == 1:
+            return self.result
+        return (self.result / (self.views * _STEPS)).astype(np.float32)
+
+
+class Segmenter:
+    """A connection to one served model.
+
+    Use it as a context manager, from one thread::
+
+        with Segmenter() as segmenter:
+            probability = segmenter.segment_slice(image)
+
+    A request that got no answer is sent again where that can help: to a server whose queue was full, to one that came
+    back, to the next address. After an error it can be used again.
+
+    Attributes:
+        tile_sizes: the tile sizes that the served model takes.
+        max_batch_size: most tiles in one request.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str] = "localhost:8001",
+        model_name: str = "unet",
+        model_version: str = "",
+        *,
+        timeout_s: float = 60.0,
+        patience_s: float = 30.0,
+        shared_memory: str = "auto",
+        batch_size: int = 1,
+        in_flight: int = 4,
+        tta: bool = False,
+        tls: Tls | None = None,
+    ) -> None:
+        """Connect and ask for the model's interface.
+
+        Args:
+            url: host and port of the server's gRPC; of several the first that answers is used, the next when it fails.
+            model_name: the model.
+            model_version: its version; empty for the newest.
+            timeout_s: longest wait for one answer.
+            patience_s: how long a server that went away is waited for.
+            shared_memory: "auto" hands pixels over in shared memory where the server is on this machine and takes it;
+                "on" insists, "off" sends them, "cuda" insists on memory of the GPU that both sides use.
+            batch_size: tiles of one slice in one request, at most.
+            in_flight: requests under way at a time.
+            tta: test-time augmentation: the mean of the answers to eight views of each tile, turned and mirrored;
+                it takes eight times as long.
+            tls: certificates, for servers that encrypt; a connection is plain without.
+
+        Raises:
+            ClientError: if no server answers, it does not serve the model, or the model has another interface.
+        """
+        if shared_memory not in SHARED_MEMORY:
+            raise ClientError(f"shared_memory {shared_memory!r} is not one of {', '.join(SHARED_MEMORY)}")
+        if batch_size < 1 or in_flight < 1 or timeout_s <= 0 or patience_s < 0:
+            raise ClientError(
+                "batch_size and in_flight must be at least 1, timeout_s positive, patience_s not negative"
+            )
+        self._batch_size, self._in_flight, self._views = batch_size, in_flight, VIEWS if tta else 1
+        settings = Settings(
+            addresses(url), model_name, model_version, timeout_s, patience_s, shared_memory, in_flight, tls
+        )
+        if not settings.urls:
+            raise ClientError("there is no server to connect to: name one with --url")
+        self._dispatcher = Dispatcher(settings)
+        self.tile_sizes, self.max_batch_size = self.interface.tile_sizes, self.interface.max_batch_size
+        if batch_size > self.max_batch_size:
+            self.close()
+            raise ClientError(f"a batch of {batch_size} is more than the {self.max_batch_size} that {model_name} takes")
+
+    @property
+    def interface(self) -> Interface:
+        """What the served model takes, and which version it is."""
+        return self._dispatcher.interface
+
+    @property
+    def probability_dtype(self) -> np.dtype[Any]:
+        """Of the rows that ``segment_bands`` gives: float16, with ``tta`` float32."""
+        return np.dtype(np.float16 if self._views == 1 else np.float32)
+
+    @property
+    def resent(self) -> int:
+        """How many requests were sent once more."""
+        return self._dispatcher.resent
+
+    @property
+    def uses_shared_memory(self) -> bool:
+        """Whether pixels travel in shared memory; known once a slice was segmented."""
+        return bool(self._dispatcher.slots) and self._dispatcher.slots[0].memory != "none"
+
+    def plan(self, height: int, width: int) -> TilePlan:
+        """The cheapest cover of a slice that the served model allows."""
+        return plan_tiles(height, width, cheapest_tile_size(height, width, self.tile_sizes))
+
+    def segment_slice(self, image: npt.NDArray[Any], window: Window | None = None) -> npt.NDArray[np.float32]:
+        """The probability of "not membrane" of one slice: uint8 [H, W] to float32 [H, W].
+
+        Args:
+            image: uint8, or with a window uint16.
+            window: the intensities that become 0 and 255.
+
+        Raises:
+            ClientError: if the server does not answer or refuses.
+        """
+        return next(self.segment([image], window))
+
+    def segment(
+        self, slices: Iterable[npt.NDArray[Any]], window: Window | None = None
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """The probabilities of several slices, in order; the next slices are under way while one is given out.
+
+        Args:
+            slices: uint8 [H, W] each, or with a window uint16; they are taken one by one, a few ahead.
+            window: the intensities that become 0 and 255.
+
+        Raises:
+            ClientError: if the server does not answer or refuses.
+        """
+        for _, probability in self.segment_bands((self._whole(image, window) for image in slices), window):
+            yield probability.astype(np.float32, copy=False)
+
+    def _whole(self, image: npt.NDArray[Any], window: Window | None) -> Job:
+        fits = image.dtype == np.uint8 or (image.dtype == np.uint16 and window is not None)
+        if image.ndim != 2 or not fits:
+            raise ClientError(
+                f"a slice must be uint8 [H, W], or uint16 with a window: this is {image.dtype} {list(image.shape)}"
+            )
+        plan = self.plan(*image.shape)
+        return Job(0, band_of(plan, plan.tiles), plan.tile_size, image, 0, image.shape[0])
+
+    def segment_bands(
+        self, jobs: Iterable[Job], window: Window | None = None
+    ) -> Iterator[tuple[Job, npt.NDArray[Any]]]:
+        """The probabilities of bands of slices, in order.
+
+        Args:
+            jobs: they are taken one by one, a few ahead.
+            window: the intensities that become 0 and 255; uint16 needs one.
+
+        Returns:
+            Each job with its rows, of ``probability_dtype``.
+
+        Raises:
+            ClientError: if the server does not answer or refuses.
+        """
+        works: deque[_Work] = deque()
+        try:
+            for job in jobs:
+                works.append(self._begin(job, window))
+                self._submit(works[-1])
+                # One request that takes long must not let finished slices pile up behind it.
+                while works and (works[0].done or len(works) > self._in_flight):
+                    yield self._finished(works)
+            while works:
+                yield self._finished(works)
+        finally:
+            for work in works:
+                for batch in work.batches:
+                    batch.wanted = False
+
+    def _begin(self, job: Job, window: Window | None) -> _Work:
+        dtype = np.float16 if self._views == 1 else np.int32
+        shape = (job.band.row1 - job.band.row0, job.image.shape[1])
+        return _Work(job, window, np.zeros(shape, dtype), self._views)
+
+    def _submit(self, work: _Work) -> None:
+        size = work.job.tile_size
+        tiles = [(tile, view) for tile in work.job.band.tiles for view in range(self._views)]
+        for first in range(0, len(tiles), self._batch_size):
+            part = tiles[first : first + self._batch_size]
+            batch = Batch(len(part), partial(work.fill, part), partial(work.accept, part))
+            work.batches.append(batch)
+            self._dispatcher.submit(batch, (self._batch_size, 1, size, size))
+
+    def _finished(self, works: deque[_Work]) -> tuple[Job, npt.NDArray[Any]]:
+        self._dispatcher.wait_for(lambda: works[0].done)
+        work = works.popleft()
+        work.batches.clear()  # they refer to it: its pixels go with the last reference, not at some collection
+        return work.job, work.probability()
+
+    def close(self) -> None:
+        """Give up what is under way, have the server forget the shared memory, and hang up."""
+        self._dispatcher.close()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""One Triton process: installed, started, watched and stopped."""

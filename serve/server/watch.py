@@ -1,0 +1,132 @@
+"""Watches a running server: a model that says ready and does not answer is loaded anew.
+
+Triton goes on calling a model ready whose python backend has died, and leaves its requests without an answer. So the
+backend's processes are looked at, and a real request, the canary, is sent now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from serve.models.config import BACKEND_CODE_FILE
+from serve.server.control import control_of, require_state
+from serve.server.guard import start_ticks
+from serve.server.install import TritonError
+from unet.errors import say
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """How a server is watched.
+
+    Attributes:
+        interval_s: between one canary and the next, in seconds.
+        timeout_s: longest wait for a canary's answer, which queues like any request.
+        failures: in a row, after which a model is loaded anew.
+    """
+
+    interval_s: float = 10.0
+    timeout_s: float = 60.0
+    failures: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("interval_s", "timeout_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise TritonError(f"{name} is {getattr(self, name):g}; it must be positive")
+        if self.failures < 1:
+            raise TritonError(f"failures is {self.failures}; it must be at least 1")
+
+
+class Watcher:
+    """Looks after the models of one running server.
+
+    Args:
+        state_dir: that the server was started with.
+        settings: how it is watched.
+
+    Raises:
+        TritonError: no server runs, or it was started without model control.
+    """
+
+    def __init__(self, state_dir: Path, settings: WatchSettings) -> None:
+        self._control, self._state, self._settings = control_of(state_dir), require_state(state_dir), settings
+        self._failed = dict.fromkeys(self._state.models, 0)
+        # The models that the server's children work for, by process number: a dead one no longer tells.
+        self._workers: dict[int, str] = {}
+
+    def run(self) -> None:
+        """Watch until the server is stopped."""
+        with contextlib.suppress(ProcessLookupError):
+            guard = os.pidfd_open(self._state.guard_pid)
+            try:
+                self._workers = self._living()
+                say(f"watching {', '.join(self._state.models)}")
+                # Checked after opening, so that the descriptor is of that process. It is readable when that ended.
+                while start_ticks(self._state.guard_pid) == self._state.guard_start:
+                    self.look()
+                    if select.select([guard], [], [], self._settings.interval_s)[0]:
+                        return
+            finally:
+                os.close(guard)
+
+    def look(self) -> None:
+        """Load anew every model of which a process has died, or which failed its canary often enough."""
+        for model in self._bereaved():
+            say(f"a process of {model} has died")
+            self._reload(model)
+        for model in self._state.models:
+            try:
+                self._control.canary(model, self._settings.timeout_s)
+                self._failed[model] = 0
+            except TritonError as error:
+                self._failed[model] += 1
+                say(f"canary {self._failed[model]} of {self._settings.failures} of {model} failed: {error}")
+            if self._failed[model] >= self._settings.failures:
+                self._reload(model)
+        self._workers |= self._living()
+
+    def _living(self) -> dict[int, str]:
+        """The models by the numbers of the processes that run their code: the code's path is on the command line."""
+        found = {}
+        for child in self._children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is none either
+                for path in map(Path, child.cmdline()):
+                    if path.name == BACKEND_CODE_FILE and path.parent.parent.name in self._state.models:
+                        found[child.pid] = path.parent.parent.name
+        return found
+
+    def _bereaved(self) -> list[str]:
+        """The models that have lost a process since the last look. Triton leaves the dead as zombies."""
+        dead = {child.pid for child in self._children() if child.status() == psutil.STATUS_ZOMBIE}
+        return sorted({self._workers.pop(pid) for pid in dead & set(self._workers)})
+
+    def _children(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self._state.server_pid).children()
+        return []
+
+    def _reload(self, model: str) -> None:
+        started = time.monotonic()
+        self._failed[model] = 0
+        try:
+            self._control.reload(model)
+        except TritonError as error:
+            say(f"{model} could not be loaded anew: {error}")
+        else:
+            say(f"{model} was loaded anew in {time.monotonic() - started:.1f} s")
+
+
+def watch(state_dir: Path, settings: WatchSettings) -> None:
+    """Watch the server that was started with a folder, until it is stopped.
+
+    Raises:
+        TritonError: no server runs, or it was started without model control.
+    """
+    Watcher(state_dir, settings).run()

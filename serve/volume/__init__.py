@@ -1,0 +1,1 @@
+"""A volume from its file to the files that are written of it."""

@@ -1,0 +1,36 @@
+"""Records the names in NVIDIA's binding wheels: ``python tests/export/plan/record_tensorrt_names.py WHEEL...``.
+
+The wheels (tensorrt-bindings 8.6.1, tensorrt-cu12-bindings 10.4.0) install anywhere and import nowhere without
+TensorRT's libraries, but each class, method and enumeration member is in them as a string. What this writes is what the
+tests hold the exporter's calls against.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "tensorrt_names"
+IDENTIFIER = re.compile(rb"(?<![A-Za-z0-9_])[A-Za-z_][A-Za-z0-9_]{2,60}(?=\0)")
+
+
+def record(wheel: Path) -> Path:
+    """Write one wheel's names, one a line, after a line with the wheel's name and hash."""
+    with zipfile.ZipFile(wheel) as opened:
+        (library,) = (name for name in opened.namelist() if name.endswith("/tensorrt.so"))
+        content = opened.read(library)
+    names = {found.decode() for found in IDENTIFIER.findall(content)}
+    names = {name for name in names if not name.startswith(("_Z", "__"))}
+    version = wheel.name.split("-")[1]
+    target = FOLDER / f"{version}.txt"
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    target.write_text(f"# {wheel.name} sha256 {digest}\n" + "\n".join(sorted(names)) + "\n", encoding="utf-8")
+    return target
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        sys.stdout.write(f"{record(Path(argument))}\n")

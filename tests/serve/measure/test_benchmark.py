@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from serve.benchmark import main
+from serve.measure import tables
+from serve.measure.levels import Load, Sample
+from serve.measure.meter import Meter, ServerCounts, server_process
+from serve.measure.perf_analyzer import COLUMNS
+from serve.measure.rows import Row, lone_rows, refusal, summarise
+from serve.triton import TritonServer
+from unet.files import sha256_of
+from unet.machine import usable_cores
+
+LEVELS = ["engine", "gRPC", "shared memory", "perf_analyzer"]
+
+
+def test_throughput_is_images_over_wall_time_not_the_mean_of_rates() -> None:
+    samples = [Sample(16, 2.0, (1.0, 1.0)), Sample(8, 6.0, (6.0,))]
+    row = summarise("gRPC", Load(572, 8), samples)
+    assert row.img_per_s == pytest.approx(24 / 8)
+    assert row.rounds == pytest.approx((8.0, 8 / 6))
+    assert (row.requests, row.p50_ms) == (3, 1000.0)
+    # 572 gives 388, and four of them cover 512 x 512.
+    assert row.slices_per_s == pytest.approx(row.img_per_s / 4)
+
+
+# Among more than 100 a single one can lift the mean above the 99th percentile, which is refused.
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=100), st.integers(1, 16))
+@example([699.5993489360038] * 3, 1)
+def test_honest_measurements_are_never_refused(latencies_s: list[float], batch: int) -> None:
+    sample = Sample(batch * len(latencies_s), sum(latencies_s), tuple(latencies_s))
+    row = summarise("engine", Load(572, batch), [sample])
+    assert row.refused == ""
+    assert row.p50_ms is not None
+    assert row.p50_ms <= row.p90_ms <= row.p95_ms <= row.p99_ms  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "values", "reason"),
+    [
+        ((10.0,), {"mean_ms": 100.0, "p99_ms": 90.0}, "mean latency, 100.0 ms, is beyond the 99th percentile, 90.0"),
+        ((10.0,), {"mean_ms": 50.0, "p99_ms": 60.0}, "10.0 img/s do not go with a mean latency of 50.0 ms"),
+        ((8.0, 13.0), {"mean_ms": 100.0, "p99_ms": 110.0}, "not stable: its rounds gave 8.0 to 13.0 img/s"),
+        ((10.0,), {"other_cores": 0.2 * usable_cores()}, "another load on the machine"),
+        ((9.0, 11.0), {"mean_ms": 100.0, "p99_ms": 110.0, "other_cores": 0.0}, ""),
+    ],
+)
+def test_what_contradicts_itself_is_refused(rounds: tuple[float, ...], values: dict[str, float], reason: str) -> None:
+    said = refusal(Load(572, 1), 10.0, rounds, values)
+    assert reason in said
+    assert bool(said) == bool(reason)
+
+
+def test_the_last_answers_of_many_at_a_time_come_one_by_one() -> None:
+    values = {"mean_ms": 100.0, "p99_ms": 110.0}
+    # Four at a time for 100 ms each make 40 a second; two requests each are too few to see it.
+    assert refusal(Load(572, 1, 4), 30.0, (30.0,), values, requests=8) == ""
+    assert "do not go with" in refusal(Load(572, 1, 4), 30.0, (30.0,), values, requests=100)
+
+
+def test_the_engine_takes_one_at_a_time_whatever_is_asked() -> None:
+    assert summarise("engine", Load(572, 1, 2), [Sample(4, 4.0, (1.0,) * 4)]).refused == ""
+    counts = ServerCounts(4, 4, 4, 0, 0, 0, 0)
+    assert "do not go with" in summarise("gRPC", Load(572, 1, 4), [Sample(90, 90.0, (1.0,) * 90, counts)]).refused
+
+
+def row_of(level: str, batch: int, rate: float, **changes: Any) -> Row:
+    values = {"mean_ms": 1.0, "p50_ms": 1.0, "p90_ms": 1.5, "p95_ms": 2.0, "p99_ms": 3.0, **changes}
+    return Row(level, changes.pop("tile_size", 572), batch, 1, rate, (rate, 2 * rate), 9, **values)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_tables_say_what_was_not_measured_and_what_was_refused() -> None:
+    rows = [row_of("engine", 16, 20.0), row_of("gRPC", 16, 15.0), row_of("gRPC", 1, 7.0, refused="noise")]
+    first, second = (cells(line) for line in tables.throughput_table(rows).splitlines()[2:])
+    assert first == ["572", "16", "1", "20.00", "15.00", "5.00", "83.33", "out of memory"]
+    assert second == ["572", "1", "1", "not measured", "refused", "-", "62.81", "34.27"]
+    assert tables.refusals(rows) == ["refused: gRPC, tile 572, batch 1, 1 at a time: noise"]
+    ratio = [cells(line) for line in tables.ratio_table(rows, "engine").splitlines()[2:]]
+    assert [line[-1] for line in ratio] == ["0.750 (0.750-0.750)", "-"]
+
+
+def test_only_a_v100_fills_the_table_of_a_v100() -> None:
+    rows = [row_of("engine", 8, 321.0)]
+    assert "321" not in tables.v100_table(rows, "NVIDIA A100")
+    assert cells(tables.v100_table(rows, "Tesla V100-SXM2-16GB").splitlines()[3])[3:] == [
+        *("321.00", "not measured", "not measured", "not measured"),
+    ]
+
+
+def test_tables_are_aligned() -> None:
+    rows = [row_of(level, batch, 1234.5 * batch) for level in LEVELS for batch in (1, 16)]
+    for text in (tables.throughput_table(rows), tables.latency_table(rows), tables.ratio_table(rows, "engine")):
+        assert len({tuple(i for i, letter in enumerate(line) if letter == "|") for line in text.splitlines()}) == 1
+
+
+def test_programs_find_the_rows_that_count() -> None:
+    levels = ("engine", "gRPC", "shared memory", "shared memory")
+    rows: list[dict[str, Any]]
+    rows = [{"level": level, "concurrency": 1, "tile_size": 572, "refused": ""} for level in levels]
+    rows[-1]["tile_size"] = 700
+    assert lone_rows({"rows": rows}) == [rows[2]]
+    rows[2]["refused"] = rows[3]["refused"] = "noise"
+    assert lone_rows({"rows": rows}) == [rows[1]]
+    rows[1]["concurrency"] = 2
+    assert lone_rows({"rows": rows}) == []
+
+
+def test_charts_leave_out_what_was_refused(tmp_path: Path) -> None:
+    rows = [row_of("engine", 1, 30.0), row_of("gRPC", 1, 1e9, refused="noise"), row_of("gRPC", 8, 25.0)]
+    tables.draw(tmp_path, rows)
+    # Bars and, beside the legend's, points.
+    for name, least in (("throughput.png", 5000), ("latency.png", 100)):
+        picture = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        assert picture.shape[1] > 500
+        # Beside the refused one all others would be too small to see.
+        assert (picture == (31, 119, 180)).all(-1).sum() > least
+
+
+def test_nothing_is_drawn_where_everything_was_refused(tmp_path: Path) -> None:
+    tables.draw(tmp_path, [row_of("engine", 1, 30.0, refused="noise"), row_of("gRPC", 8, 20.0, refused="noise")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_meter_tells_our_own_work_from_others(triton_server: TritonServer) -> None:
+    url = triton_server.settings.grpc_url
+    assert server_process(url) is not None
+    assert server_process("127.0.0.1:1") is None
+    assert server_process("far.example.org:8001") is None
+    code = "import time; t = time.process_time()\nwhile time.process_time() - t < 0.5: pass"
+    with Meter(url).measure() as cost:
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert cost.client_cpu_s >= 0.4
+    assert cost.server_rss_mib is not None
+    assert cost.server_rss_mib > 10
+    # The same work by somebody who is no child of ours.
+    away = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}], start_new_session=True)"
+    with Meter(url).measure() as cost:
+        subprocess.run([sys.executable, "-c", away], check=True)
+        orphans = [
+            one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == [sys.executable, "-c", code]
+        ]
+        deadline = time.monotonic() + 30
+        while all(sum(one.cpu_times()[:2]) < 0.4 for one in orphans) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(orphans) == 1
+    assert cost.other_cpu_s >= 0.3
+
+
+@pytest.fixture(scope="module")
+def record(
+    triton_server: TritonServer, tiny_artefacts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """What a short run on the real server left."""
+    out = tmp_path_factory.mktemp("benchmark")
+    flags = ["--url", triton_server.settings.grpc_url, "--artefacts", str(tiny_artefacts), "--tile_sizes", "252"]
+    flags += ["--batch_sizes", "1", "4", "--rounds", "2", "--seconds", "0.4", "--slices", "2", "--out", str(out)]
+    assert main(flags) == 0
+    return out, json.loads((out / "benchmark.json").read_text(encoding="utf-8"))
+
+
+def test_every_level_is_measured(record: tuple[Path, dict[str, Any]]) -> None:
+    out, values = record
+    found = {(row["level"], row["batch_size"]) for row in values["rows"]}
+    unstable = {tuple(name.split(", ")[::2]) for name in values["not_measured"]}
+    # perf_analyzer may see nothing stable on a busy machine.
+    assert {(level, f"batch {size}") for level, size in found} | unstable == {
+        (level, f"batch {size}") for level in LEVELS for size in (1, 4)
+    }
+    assert all(name.startswith("perf_analyzer") for name in values["not_measured"])
+    text = (out / "benchmark.md").read_text(encoding="utf-8")
+    for heading in ("shared memory / engine", "images in a pass", "2 slices of 512 x 512 from file to file"):
+        assert heading in text
+
+
+def test_the_server_counts_what_was_sent(record: tuple[Path, dict[str, Any]]) -> None:
+    for row in record[1]["rows"]:
+        if row["level"] not in ("gRPC", "shared memory"):
+            continue
+        assert row["images_per_pass"] == row["batch_size"]
+        shares = [row[f"{name}_ms"] for name in ("queue", "compute_input", "compute_infer", "compute_output")]
+        assert 0 < sum(shares) < row["mean_ms"]
+        # 252 x 252 pixels there, 68 x 68 of two bytes back.
+        sent = 252 * 252 + 2 * 68 * 68
+        assert (row["wire_bytes_per_img"] > sent) is (row["level"] == "gRPC")
+
+
+def test_the_table_for_programs_has_perf_analyzers_columns(record: tuple[Path, dict[str, Any]]) -> None:
+    out, values = record
+    with (out / "benchmark.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["Level", "Tile", "Batch", *COLUMNS, "Refused"]
+    for line, row in zip(rows, values["rows"]):
+        assert float(line["Inferences/Second"]) == pytest.approx(row["img_per_s"], abs=1e-3)
+        assert float(line["p99 latency"]) == pytest.approx(row["p99_ms"] * 1e3, abs=1)
+
+
+def test_counts_are_differences() -> None:
+    before, after = ServerCounts(1, 2, 3, 4, 5, 6, 7), ServerCounts(11, 22, 33, 44, 55, 66, 77)
+    assert after.since(before) == ServerCounts(10, 20, 30, 40, 50, 60, 70)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--batch_sizes", "9"], "batches of 1 to 8, not of 9"),
+        (["--tile_sizes", "572"], "takes tiles of 204, 252, not of 572"),
+    ],
+)
+def test_what_the_model_does_not_take(
+    triton_server: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    common = ["--url", triton_server.settings.grpc_url, "--tile_sizes", "252", "--out", str(tmp_path)]
+    assert main([*common, *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_another_engine_than_the_served_one_is_not_measured(
+    triton_server: TritonServer, tiny_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    card = json.loads((tiny_artefacts / "card.json").read_text(encoding="utf-8"))
+    (other / "card.json").write_text(json.dumps({**card, "tile_sizes": [204]}))
+    assert sha256_of(other / "card.json") != sha256_of(tiny_artefacts / "card.json")
+    flags = ["--url", triton_server.settings.grpc_url, "--tile_sizes", "204", "--batch_sizes", "1", "--rounds", "1"]
+    flags += ["--seconds", "0.1", "--no-perf_analyzer", "--slices", "0", "--out", str(tmp_path / "out")]
+    for artefacts, reason in ((other, "does not serve"), (tmp_path / "none", "card.json does not exist")):
+        assert main([*flags, "--artefacts", str(artefacts)]) == 0
+        said = capsys.readouterr().out
+        assert f"not measured: engine: {triton_server.settings.grpc_url}" in said or "card.json" in said
+        assert reason in said
+        assert "/ engine" not in said
+
+
+def test_a_dead_server_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", "localhost:1", "--timeout_s", "2", "--out", str(tmp_path)]) == 2
+    assert "no server answers at localhost:1" in capsys.readouterr().err

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.models.config import PROFILES, ModelSettings, RepositoryError, model_config
+from serve.models.publish import publish, rollback, versions_in
+from serve.repository import main
+from serve.server.control import ModelControl, control_of
+from serve.server.install import TritonError
+from serve.server.process import TritonServer
+from serve.server.settings import ServerSettings, read_admin_key
+from serve.server.state import load_state
+from tests.serve.conftest import TILE_SIZES, cropping_model
+from unet.card import Card, CardError, Engine
+from unet.processes import free_ports
+
+
+def artefacts_dividing_by(folder: Path, divisor: float) -> Path:
+    """Artefacts of a network that gives the middle of the image, divided by ``divisor``."""
+    folder.mkdir()
+    model = cropping_model()
+    scale = next(value for value in model.graph.initializer if value.name == "scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1 / divisor, np.float16), "scale"))
+    onnx.save(model, str(folder / "model.fp16.onnx"))
+    card = Card(folder)
+    card.tile_sizes = TILE_SIZES
+    card.record("fp16_onnx", folder / "model.fp16.onnx", None, "tests")
+    card.engine = Engine("onnxruntime", "f32", "model.fp16.onnx", 1.0)
+    card.save()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return artefacts_dividing_by(tmp_path_factory.mktemp("other") / "artefacts", 510)
+
+
+@pytest.fixture(scope="module")
+def plan_artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A card with a plan, which nothing here can load: what is written about it is looked at."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "model.plan").write_bytes(b"a plan")
+    card = Card(folder)
+    card.tile_sizes = TILE_SIZES
+    card.record("plan", folder / "model.plan", None, "tests", compute_capability="7.0")
+    card.save()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def explicit(tiny_artefacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A real Triton with explicit model control."""
+    folder = tmp_path_factory.mktemp("explicit")
+    publish(tiny_artefacts, folder / "models", ModelSettings())
+    http, grpc, metrics = free_ports(3)
+    configured = ServerSettings(
+        folder / "models", folder / "log", folder / "state", http, grpc, metrics, model_control="explicit"
+    )
+    with TritonServer(configured) as server:
+        yield server
+
+
+def control(server: TritonServer) -> ModelControl:
+    return control_of(server.settings.state_dir)
+
+
+def served(server: TritonServer) -> tuple[str, float]:
+    """The version that answers, and the largest probability of a white tile."""
+    from tritonclient import grpc
+
+    tensor = grpc.InferInput("image", [1, 1, 204, 204], "UINT8")
+    tensor.set_data_from_numpy(np.full((1, 1, 204, 204), 255, np.uint8))
+    with grpc.InferenceServerClient(server.settings.grpc_url) as client:
+        answer = client.infer("unet", [tensor])
+    return answer.get_response().model_version, float(answer.as_numpy("probability").max())
+
+
+def test_a_version_published_under_traffic_fails_no_request(explicit: TritonServer, other_artefacts: Path) -> None:
+    repository = explicit.settings.repository
+    before, value = served(explicit)
+    seen: list[tuple[str, float]] = []
+    failures: list[Exception] = []
+    enough = threading.Event()
+
+    def ask() -> None:
+        while not enough.is_set():
+            try:
+                seen.append(served(explicit))
+            except Exception as error:
+                failures.append(error)
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        new = publish(other_artefacts, repository, ModelSettings(), load=control(explicit).load)
+    finally:
+        enough.set()
+        for client in clients:
+            client.join()
+    assert not failures
+    after = served(explicit)
+    assert after[0] == str(new.version)
+    assert after[1] == pytest.approx(0.5, abs=1e-3)
+    assert set(seen) <= {(before, value), after}
+    assert len(seen) > 4
+
+    state_dir = explicit.settings.state_dir
+    line = ["--rollback", "--model_repository", str(repository), "--load", "--state_dir", str(state_dir)]
+    assert main(line) == 0
+    assert served(explicit) == (str(new.version + 1), value)
+
+
+def test_a_version_that_the_server_refuses_is_taken_back(
+    explicit: TritonServer, tiny_artefacts: Path, tmp_path: Path
+) -> None:
+    folder = explicit.settings.repository / "unet"
+    before, versions, config = served(explicit), versions_in(folder), (folder / "config.pbtxt").read_bytes()
+    shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
+    (tmp_path / "artefacts" / "model.fp16.onnx").write_bytes(b"no network")
+    card = Card.load(tmp_path / "artefacts")
+    card.record("fp16_onnx", tmp_path / "artefacts" / "model.fp16.onnx", None, "tests")
+    card.save()
+    with pytest.raises(RepositoryError, match=r"was taken back: .* could not load unet"):
+        publish(tmp_path / "artefacts", folder.parent, ModelSettings(max_batch_size=3), load=control(explicit).load)
+    assert (versions_in(folder), (folder / "config.pbtxt").read_bytes()) == (versions, config)
+    assert served(explicit) == before
+
+
+def test_answers_are_kept_where_that_is_asked_for(tiny_artefacts: Path, tmp_path: Path) -> None:
+    from tritonclient import grpc
+
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings(response_cache=True))
+    http, rpc, metrics = free_ports(3)
+    settings = ServerSettings(
+        tmp_path / "models", tmp_path / "log", tmp_path / "state", http, rpc, metrics, response_cache_mib=16
+    )
+    with TritonServer(settings) as server:
+        first = served(server)
+        assert served(server) == first
+        with grpc.InferenceServerClient(server.settings.grpc_url) as client:
+            (counts,) = client.get_inference_statistics("unet").model_stats
+    assert (counts.inference_stats.cache_hit.count, counts.inference_stats.cache_miss.count) == (1, 1)
+
+
+def test_model_control_and_the_rest_of_administration_need_the_key(explicit: TritonServer) -> None:
+    from tritonclient import grpc, http
+    from tritonclient.utils import InferenceServerException
+
+    state = load_state(explicit.settings.state_dir)
+    assert state is not None
+    key_file = Path(state.admin_key_file)
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    wrong = ModelControl(state.http_address, state.http_port, "x" * 20)
+    with pytest.raises(TritonError, match=r"restricted"):
+        wrong.reload("unet")
+    with (
+        grpc.InferenceServerClient(explicit.settings.grpc_url) as over_grpc,
+        http.InferenceServerClient(explicit.settings.http_url) as over_http,
+    ):
+        for client in (over_grpc, over_http):
+            for ask in (
+                lambda client=client: client.unload_model("unet"),
+                client.get_model_repository_index,
+                client.get_log_settings,
+                lambda client=client: client.update_log_settings({"log_verbose_level": 1}),
+                client.get_trace_settings,
+            ):
+                with pytest.raises(InferenceServerException, match="restricted"):
+                    ask()
+        header = {"triton-grpc-protocol-admin-key": read_admin_key(key_file)}
+        assert "unet" in {model.name for model in over_grpc.get_model_repository_index(headers=header).models}
+    assert served(explicit)[0]
+
+
+def accepted_by(server: TritonServer, config: Any) -> str:
+    """What the server's loader says to a configuration: nothing if it takes it."""
+    from google.protobuf import json_format
+    from tritonclient import http
+    from tritonclient.utils import InferenceServerException
+
+    state = load_state(server.settings.state_dir)
+    assert state is not None
+    header = {"admin-key": read_admin_key(Path(state.admin_key_file))}
+    text = json_format.MessageToJson(config, preserving_proto_field_name=True)
+    with http.InferenceServerClient(server.settings.http_url, network_timeout=60) as client:
+        try:
+            client.load_model("loaded", config=text, headers=header)
+        except InferenceServerException as error:
+            return str(error.message())
+        taken = client.get_model_config("loaded", headers=header)
+        client.unload_model("loaded", headers=header)
+    assert taken["max_batch_size"] == config.max_batch_size
+    return ""
+
+
+SETTINGS = st.integers(1, 1024).flatmap(
+    lambda largest: st.builds(
+        ModelSettings,
+        name=st.just("loaded"),
+        profile=st.sampled_from(sorted(PROFILES)),
+        max_batch_size=st.just(largest),
+        max_queue_delay_us=st.none() | st.integers(0, 2**31 - 1),
+        preferred_batch_sizes=st.lists(st.integers(1, largest), max_size=3).map(tuple),
+        max_queue_size=st.integers(0, 2**31 - 1),
+        default_timeout_us=st.integers(0, 2**31 - 1),
+        priority_levels=st.integers(0, 2**31 - 1),
+        instances=st.integers(0, 2),
+        threads=st.integers(0, 4),
+        response_cache=st.booleans(),
+    )
+)
+
+NOOP = "class TritonPythonModel:\n    def execute(self, requests):\n        return [None] * len(requests)\n"
+
+
+@pytest.fixture(scope="module")
+def loadable(explicit: TritonServer) -> TritonServer:
+    """The server with room for a model that starts at once, whatever its configuration."""
+    version = explicit.settings.repository / "loaded" / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(NOOP)
+    return explicit
+
+
+@settings(max_examples=25, deadline=None)
+@given(chosen=SETTINGS)
+def test_tritons_own_loader_takes_every_configuration(
+    loadable: TritonServer, tiny_artefacts: Path, plan_artefacts: Path, chosen: ModelSettings
+) -> None:
+    config = model_config(Card.load(plan_artefacts if chosen.machine.on_gpu else tiny_artefacts), chosen)
+    # The stub cannot answer the warm-up, which is tried in the tests of the server.
+    del config.model_warmup[:]
+    if chosen.machine.on_gpu:
+        # This Triton has no such backend and sees no GPU; all the rest it takes.
+        assert "unable to find backend library for backend 'tensorrt'" in accepted_by(loadable, config)
+        config.backend, config.default_model_filename = "python", "model.py"
+        for group in config.instance_group:
+            group.kind = group.KIND_CPU
+            del group.profile[:]
+    assert accepted_by(loadable, config) == ""
+
+
+@pytest.mark.parametrize("profile", ["v100", "gpu"])
+def test_a_gpu_profile_serves_the_plan_and_nothing_in_python(
+    profile: str, plan_artefacts: Path, tmp_path: Path
+) -> None:
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    version = publish(plan_artefacts, tmp_path, ModelSettings(profile=profile)).path
+    assert {path.name for path in version.iterdir()} == {"model.plan", "card.json", "config.pbtxt"}
+    config = text_format.Parse((tmp_path / "unet" / "config.pbtxt").read_text(), pb.ModelConfig())
+    assert (config.backend, config.default_model_filename) == ("tensorrt", "model.plan")
+    assert [(g.kind, g.count, list(g.profile)) for g in config.instance_group] == [
+        (pb.ModelInstanceGroup.KIND_GPU, 2, ["0", "1"])
+    ]
+    assert {(w.batch_size, w.inputs["image"].dims[1]) for w in config.model_warmup} == {
+        *((1, 204), (16, 204), (1, 252), (16, 252))
+    }
+    with pytest.raises(TritonError, match=r"wants the backend tensorrt, which this Triton lacks"):
+        TritonServer(ServerSettings(tmp_path, tmp_path / "log", tmp_path / "state")).start()
+
+
+def test_a_plan_for_another_gpu_is_refused(plan_artefacts: Path, tiny_artefacts: Path, tmp_path: Path) -> None:
+    shutil.copytree(plan_artefacts, tmp_path / "artefacts")
+    card = Card.load(tmp_path / "artefacts")
+    card.artefacts["plan"] = dataclasses.replace(card.artefacts["plan"], facts={"compute_capability": "9.0"})
+    card.save()
+    with pytest.raises(RepositoryError, match=r"built for compute capability 9\.0, the profile v100 is for 7\.0"):
+        publish(tmp_path / "artefacts", tmp_path / "models", ModelSettings(profile="v100"))
+    with pytest.raises(CardError, match=r"lists no model\.plan"):
+        publish(tiny_artefacts, tmp_path / "models", ModelSettings(profile="gpu"))
+
+
+def test_old_versions_are_removed(tiny_artefacts: Path, tmp_path: Path) -> None:
+    for _ in range(4):
+        publish(tiny_artefacts, tmp_path, ModelSettings(), keep=2)
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == {"3", "4", "config.pbtxt"}
+    with pytest.raises(RepositoryError, match="keep is 0"):
+        publish(tiny_artefacts, tmp_path, ModelSettings(), keep=0)
+
+
+def test_rollback_brings_the_former_network_and_its_settings_back(
+    tiny_artefacts: Path, other_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "unet" / "config.pbtxt"
+    publish(tiny_artefacts, tmp_path, ModelSettings(max_batch_size=3))
+    with pytest.raises(RepositoryError, match="no version that differs from the present one"):
+        rollback(tmp_path)
+    publish(tiny_artefacts, tmp_path, ModelSettings(max_batch_size=3))
+    first = config.read_bytes()
+    publish(other_artefacts, tmp_path, ModelSettings(max_batch_size=5))
+    second = config.read_bytes()
+    assert main(["--rollback", "--model_repository", str(tmp_path)]) == 0
+    assert f"{tmp_path / 'unet' / '4'}: version 4 of unet" in capsys.readouterr().out
+    assert config.read_bytes() == first
+    # Again is to and fro; a version can be named.
+    assert (rollback(tmp_path).version, config.read_bytes()) == (5, second)
+    assert (rollback(tmp_path, version=1).version, config.read_bytes()) == (6, first)
+    for name, version, words in (("unet", 99, "is no version to go back to; there are 2, 3"), ("vnet", 1, "not exist")):
+        with pytest.raises(RepositoryError, match=words):
+            rollback(tmp_path, name, version)
+
+
+def test_a_version_that_was_damaged_is_not_gone_back_to(
+    tiny_artefacts: Path, other_artefacts: Path, tmp_path: Path
+) -> None:
+    old = publish(tiny_artefacts, tmp_path, ModelSettings())
+    publish(other_artefacts, tmp_path, ModelSettings())
+    (old.path / "model.fp16.onnx").write_bytes(b"damaged")
+    with pytest.raises(CardError, match="is not the file that its card describes"):
+        rollback(tmp_path)
+    assert versions_in(tmp_path / "unet") == [1, 2]
+
+
+def test_a_server_of_another_repository_is_left_alone(
+    explicit: TritonServer, tiny_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--artefacts", str(tiny_artefacts), "--model_repository", str(tmp_path / "models"), "--load"]
+    assert main([*arguments, "--state_dir", str(explicit.settings.state_dir)]) == 2
+    assert f"serves {explicit.settings.repository}, not {tmp_path / 'models'}" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_loading_needs_a_server_with_model_control(
+    triton_server: TritonServer, tiny_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--artefacts", str(tiny_artefacts), "--model_repository", str(tmp_path / "models"), "--load"]
+    for state_dir, words in (
+        (tmp_path, "no server is running"),
+        (triton_server.settings.state_dir, "start it with --model_control explicit"),
+    ):
+        assert main([*arguments, "--state_dir", str(state_dir)]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from serve import doctor
+from serve.doctor import Finding, main
+from unet.card import Card, Engine
+from unet.machine import Gpu, parse_gpus
+
+V100 = "Tesla V100-SXM2-16GB, 535.183.01, 7.0, 16384"
+
+
+def lines(said: str) -> dict[str, str]:
+    """The report's lines by their item."""
+    return {line[7:26].strip(): line for line in said.splitlines()}
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose programs are found first."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def driver_that_says(folder: Path, said: str) -> None:
+    """There is no NVIDIA driver where the tests run: a program in its place says what one says."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+    program.chmod(0o755)
+
+
+def test_every_item_has_one_line(tiny_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--artefacts", str(tiny_artefacts), "--cache_dir", str(tmp_path / "cache")]
+    code = main(arguments)
+    said = capsys.readouterr().out
+    found = lines(said)
+    assert list(found) == [
+        *("Python", "CPU", "CPU engines", "GPU", "driver", "compute capability", "TensorRT", "Triton"),
+        *("perf_analyzer", "TensorFlow", "Horovod", "Docker", "/dev/shm", "artefacts"),
+    ]
+    # What the tests themselves need is here.
+    for item in ("Python", "CPU engines", "Triton", "perf_analyzer", "TensorFlow", "/dev/shm", "artefacts"):
+        assert found[item].startswith("ok"), found[item]
+    assert code == int("\nwrong" in said)
+    assert main([*arguments, "--json"]) == code
+    assert [entry["item"] for entry in json.loads(capsys.readouterr().out)] == list(found)
+
+
+def test_no_driver_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gpus, findings = doctor.look_at_gpus()
+    assert gpus == []
+    assert [finding.state for finding in findings] == ["absent"] * 3
+    assert "--profile" not in str(findings[0])
+    assert "the CPU profile needs none" in str(findings[0])
+
+
+@pytest.mark.parametrize(
+    ("said", "states", "words"),
+    [
+        (V100, ["ok", "ok", "ok"], "--profile v100; TensorRT 10.4 and Triton 24.09 are the last for it"),
+        ("NVIDIA H100 80GB HBM3, 550.54.15, 9.0, 81559", ["ok", "ok", "ok"], "a later Triton than 24.09 runs too"),
+        ("Tesla M60, 470.82.01, 5.2, 8192", ["ok", "wrong", "wrong"], "use --profile cpu"),
+    ],
+)
+def test_a_gpu_is_judged_by_driver_and_compute_capability(said: str, states: list[str], words: str, tool: Path) -> None:
+    driver_that_says(tool, said)
+    gpus, findings = doctor.look_at_gpus()
+    assert len(gpus) == 1
+    assert [finding.state for finding in findings] == states
+    assert words in str(findings[-1])
+
+
+def test_horovod_without_nccl_is_wrong_where_there_are_gpus() -> None:
+    found = doctor.look_at_horovod(gpu=True)
+    if found.state == "absent":
+        pytest.skip("Horovod is not installed")
+    assert ("NCCL" in found.fact) == (found.state == "ok")
+
+
+@pytest.mark.parametrize(
+    ("capability", "gpus", "state", "words"),
+    [
+        ("7.0", parse_gpus(V100), "ok", "plan for compute capability 7.0"),
+        ("9.0", parse_gpus(V100), "wrong", "this machine has 7: build the plan here"),
+        ("7.0", [], "absent", "there is no GPU here"),
+    ],
+)
+def test_a_plan_is_compared_with_the_gpu(
+    capability: str, gpus: list[Gpu], state: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model.plan").write_bytes(b"a plan")
+    card = Card(tmp_path)
+    card.record("plan", tmp_path / "model.plan", None, "tests", compute_capability=capability)
+    card.save()
+    found = doctor.look_at_card(tmp_path, gpus)
+    assert found.state == state
+    assert words in str(found)
+
+
+def test_artefacts_that_serve_nothing_are_told(tiny_artefacts: Path, tmp_path: Path) -> None:
+    assert "does not exist" in str(doctor.look_at_card(tmp_path, []))
+    shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
+    card = tmp_path / "artefacts" / "card.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "engine": None}))
+    assert "no engine for a CPU and no plan" in str(doctor.look_at_card(card.parent, []))
+
+
+@pytest.mark.parametrize("precision", ["f32", "int8"])
+def test_an_engine_that_computes_natively_fits(precision: str, tmp_path: Path) -> None:
+    card = Card(tmp_path)
+    card.tile_sizes = (204,)
+    card.engine = Engine("openvino", precision, "model", 1.0)
+    card.save()
+    found = doctor.look_at_card(tmp_path, [])
+    assert (found.state, found.remedy) == ("ok", "")
+    assert f"openvino {precision}" in found.fact
+
+
+def test_a_line_says_what_to_do() -> None:
+    assert str(Finding("Thing", "wrong", "broken", "mend it")) == "wrong  Thing              broken; mend it"
+    assert str(Finding("Thing", "ok", "1.0")) == "ok     Thing              1.0"

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from train.input.augmentation import (
+    NO_AUGMENTATION,
+    Augmentation,
+    elastic_field,
+    linear_part,
+    resample,
+    sampling_map,
+    shift_intensities,
+)
+
+SIZE = 64
+
+
+def only(**changes: object) -> Augmentation:
+    return dataclasses.replace(NO_AUGMENTATION, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def plane() -> np.ndarray:  # type: ignore[type-arg]
+    noise = np.random.default_rng(0).normal(size=(120, 140))
+    return np.asarray(scipy.ndimage.gaussian_filter(noise, 2), np.float32)
+
+
+def test_no_augmentation_is_a_plain_crop(plane: np.ndarray) -> None:  # type: ignore[type-arg]
+    mapped = sampling_map(SIZE, (60.5, 70.5), NO_AUGMENTATION, np.random.default_rng(0))
+    np.testing.assert_array_equal(resample(plane, mapped), plane[29:93, 39:103])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_resampling_equals_scipy(plane: np.ndarray, seed: int) -> None:  # type: ignore[type-arg]
+    mapped = sampling_map(SIZE, (30.0, 100.0), Augmentation(), np.random.default_rng(seed))
+    expected = scipy.ndimage.map_coordinates(plane, mapped, order=1, mode="mirror")
+    # OpenCV reads at 1/32 of a pixel.
+    np.testing.assert_allclose(resample(plane, mapped), expected, atol=np.abs(np.diff(plane)).max() / 16)
+
+
+def test_flips_only_give_the_four_mirrorings(plane: np.ndarray) -> None:  # type: ignore[type-arg]
+    crop = plane[29:93, 39:103]
+    wanted = {array.tobytes() for array in (crop, crop[::-1], crop[:, ::-1], crop[::-1, ::-1])}
+    seen = {
+        resample(plane, sampling_map(SIZE, (60.5, 70.5), only(flip=True), np.random.default_rng(seed))).tobytes()
+        for seed in range(40)
+    }
+    assert seen == wanted
+
+
+def test_rotation_keeps_lengths_and_covers_the_circle() -> None:
+    matrices = [linear_part(only(rotation=True), np.random.default_rng(seed)) for seed in range(200)]
+    for matrix in matrices:
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(2), atol=1e-6)
+    angles = [np.arctan2(matrix[1, 0], matrix[0, 0]) for matrix in matrices]
+    assert set(np.digitize(angles, np.linspace(-np.pi, np.pi, 9))) == set(range(1, 9))
+
+
+def test_scale_stays_between_its_bounds() -> None:
+    scales = [linear_part(only(min_scale=0.8), np.random.default_rng(seed))[0, 0] for seed in range(200)]
+    assert 0.8 <= min(scales) < 0.85
+    assert 1.2 < max(scales) <= 1.2501
+
+
+def test_elastic_field_is_smooth_and_of_its_deviation() -> None:
+    fields = np.stack([elastic_field(256, 6.0, np.random.default_rng(seed)) for seed in range(20)])
+    assert fields.dtype == np.float32
+    assert 3.0 < fields.std() < 6.5
+    assert np.abs(np.diff(fields, axis=-1)).max() < 1.0
+
+
+def test_labels_get_no_new_value_and_follow_the_image() -> None:
+    label = (scipy.ndimage.gaussian_filter(np.random.default_rng(3).normal(size=(120, 140)), 6) > 0).astype(np.uint8)
+    mapped = sampling_map(SIZE, (60.0, 70.0), Augmentation(), np.random.default_rng(1))
+    nearest = resample(label, mapped, nearest=True)
+    smooth = resample(label.astype(np.float32), mapped)
+    assert set(np.unique(nearest)) == {0, 1}
+    # The nearest of the four pixels that bilinear reading mixes has a quarter of the weight at least.
+    assert (np.abs(smooth - nearest) <= 0.77).all()
+
+
+def test_intensities_are_shifted_and_clipped() -> None:
+    window = np.linspace(-1, 1, 50, dtype=np.float32)
+    shifted = [shift_intensities(window, Augmentation(), np.random.default_rng(seed)) for seed in range(20)]
+    assert all(array.dtype == np.float32 and array.min() >= -1 and array.max() <= 1 for array in shifted)
+    assert max(np.abs(array - window).max() for array in shifted) > 0.1
+    np.testing.assert_array_equal(shift_intensities(window, NO_AUGMENTATION, np.random.default_rng(0)), window)

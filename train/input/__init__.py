@@ -1,0 +1,1 @@
+"""From labelled stacks to augmented training windows."""

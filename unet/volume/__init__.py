@@ -1,0 +1,31 @@
+"""Image volumes in and out: stacks of equal grey slices, read and written without holding them in memory."""
+
+from unet.volume.limits import Limits, StackError
+from unet.volume.metadata import StackMetadata
+from unet.volume.ome_zarr import ZarrCanvas, ZarrStack
+from unet.volume.opening import BLOCK_PX, Volume, blocks, fingerprint, open_volume
+from unet.volume.pairs import load_pair, read_images, read_labels
+from unet.volume.tiff.canvas import StackCanvas
+from unet.volume.tiff.reader import IMAGE_LIMITS, PROBABILITY_LIMITS, StackReader
+from unet.volume.tiff.writer import StackWriter
+
+__all__ = [
+    "BLOCK_PX",
+    "IMAGE_LIMITS",
+    "PROBABILITY_LIMITS",
+    "Limits",
+    "StackCanvas",
+    "StackError",
+    "StackMetadata",
+    "StackReader",
+    "StackWriter",
+    "Volume",
+    "ZarrCanvas",
+    "ZarrStack",
+    "blocks",
+    "fingerprint",
+    "load_pair",
+    "open_volume",
+    "read_images",
+    "read_labels",
+]

@@ -1,0 +1,26 @@
+"""What a volume may declare to be read, whatever its format, and the error of one that cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unet.errors import UnetError
+
+
+class StackError(UnetError):
+    """A stack that cannot be read, or that is not what the task needs."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may declare.
+
+    Attributes:
+        max_pages: slices in a stack.
+        max_pixels_per_page: rows x columns of a slice; 2**30 admits 32k x 32k.
+        dtypes: pixel formats.
+    """
+
+    max_pages: int = 100_000
+    max_pixels_per_page: int = 2**30
+    dtypes: tuple[str, ...] = ("uint8", "uint16")

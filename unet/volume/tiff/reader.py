@@ -1,0 +1,169 @@
+"""Image stacks in and out: TIFF, BigTIFF, ImageJ and OME-TIFF, page by page.
+
+What a file declares (size, number of pages, bit depth, where its pixels lie) is checked before any of it is decoded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from unet.volume.limits import Limits, StackError
+from unet.volume.metadata import read_metadata
+from unet.volume.tiff.checks import DAMAGE, check_page, damaged, declared_pages, open_tiff
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AnyArray = npt.NDArray[Any]
+
+# Its warnings about damaged files say in several lines what the checks here say in one sentence.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+IMAGE_LIMITS = Limits()
+PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"))
+
+
+class StackReader:
+    """An open stack of equal grey slices; a context manager and a sequence of arrays [height, width].
+
+    Attributes:
+        path: the file.
+        pages: number of slices.
+        height: rows of each.
+        width: columns of each.
+        dtype: of the pixels, in the machine's own byte order.
+        metadata: what a file written beside this one keeps.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limits: Limits = IMAGE_LIMITS) -> None:
+        """Open and check a stack.
+
+        Raises:
+            StackError: if the file is missing, is no TIFF, is truncated, or declares something unfit.
+        """
+        self.path = Path(path)
+        self._file = open_tiff(self.path)
+        self._decoded: tuple[int, AnyArray] | None = None
+        try:
+            self._check(limits)
+        except StackError:
+            self.close()
+            raise
+        except DAMAGE as error:
+            self.close()
+            raise damaged(self.path) from error
+
+    def _check(self, limits: Limits) -> None:
+        first = self._file.pages.first
+        check_page(self.path, 0, first, limits)
+        self.height, self.width = int(first.imagelength), int(first.imagewidth)
+        self.dtype: np.dtype[Any] = np.dtype(first.dtype).newbyteorder("=")
+        # Brightness grows with the value except in this format, where ImageJ's "inverting LUT" is the usual source.
+        self._inverted = self.dtype.kind == "u" and getattr(first.photometric, "name", "") == "MINISWHITE"
+        self.pages, alone = declared_pages(self._file, self.path, limits)
+        self._offset: int | None = int(first.dataoffsets[0]) if alone else None
+        size = self.path.stat().st_size
+        if self._offset is not None:
+            if first.compression != 1 or self._offset + self.pages * self._page_bytes > size:
+                raise damaged(self.path)
+        else:
+            for index in range(self.pages):
+                self._check_against_first(index, first, limits, size)
+        self.metadata = read_metadata(self._file, self.pages)
+
+    def _check_against_first(self, index: int, first: Any, limits: Limits, size: int) -> None:
+        page = self._file.pages[index]
+        check_page(self.path, index, page, limits)
+        if (page.imagelength, page.imagewidth, page.dtype) != (first.imagelength, first.imagewidth, first.dtype):
+            raise StackError(
+                f"{self.path} is not a stack of equal slices: page 0 is {self.height} x {self.width} {self.dtype}, "
+                f"page {index} is {page.imagelength} x {page.imagewidth} {page.dtype}: save slices of one size together"
+            )
+        ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts)]
+        least = self._page_bytes if page.compression == 1 else 1
+        if not ends or max(ends) > size or sum(page.databytecounts) < least:
+            raise damaged(self.path)
+
+    @property
+    def _page_bytes(self) -> int:
+        return self.height * self.width * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.pages
+
+    def __getitem__(self, index: int) -> AnyArray:
+        """Slice ``index``, [height, width], counted from 0.
+
+        Raises:
+            IndexError: if there is no such slice.
+            StackError: if its pixels cannot be decoded, or hold a value that is not a finite number.
+        """
+        if not 0 <= index < self.pages:
+            raise IndexError(f"{self.path} has {self.pages} pages; there is no page {index}")
+        try:
+            page = np.ascontiguousarray(self._decode(index), dtype=self.dtype)
+        except Exception as error:  # each codec fails in its own way
+            raise StackError(f"page {index} of {self.path} is damaged ({error}): copy or download it again") from error
+        if page.shape != (self.height, self.width):
+            raise damaged(self.path)
+        if page.dtype.kind == "f" and not np.isfinite(page).all():
+            raise StackError(f"page {index} of {self.path} has values that are no finite numbers: write it again")
+        return np.iinfo(page.dtype).max - page if self._inverted else page
+
+    def rows(self, index: int, row0: int, row1: int) -> AnyArray:
+        """Rows ``row0`` to ``row1`` of slice ``index``.
+
+        Of a page whose pixels lie uncompressed in one piece only these are read; another is decoded whole and kept
+        until the next one is asked for.
+
+        Raises:
+            IndexError: if there is no such slice.
+            StackError: if its pixels cannot be decoded.
+        """
+        offset = self._plain_offset(index) if 0 <= index < self.pages else None
+        if offset is None:
+            if self._decoded is None or self._decoded[0] != index:
+                self._decoded = None  # before the next one takes its memory
+                self._decoded = index, self[index]
+            return self._decoded[1][row0:row1]
+        stored = self.dtype.newbyteorder(self._file.byteorder)
+        offset += row0 * self.width * self.dtype.itemsize
+        read = np.fromfile(self.path, stored, (row1 - row0) * self.width, offset=offset)
+        if read.size != (row1 - row0) * self.width:
+            raise damaged(self.path)
+        rows = read.reshape(-1, self.width).astype(self.dtype, copy=False)
+        return np.iinfo(self.dtype).max - rows if self._inverted else rows
+
+    def _plain_offset(self, index: int) -> int | None:
+        """Where the pixels of a page begin that are uncompressed and in one piece; None of another."""
+        if self._offset is not None:
+            return self._offset + index * self._page_bytes
+        page = self._file.pages[index]
+        return int(page.dataoffsets[0]) if page.is_memmappable and self.dtype.kind == "u" else None
+
+    def _decode(self, index: int) -> AnyArray:
+        if self._offset is None:
+            decoded: AnyArray = self._file.pages[index].asarray()
+            return decoded
+        stored = self.dtype.newbyteorder(self._file.byteorder)
+        offset = self._offset + index * self._page_bytes
+        return np.fromfile(self.path, stored, self.height * self.width, offset=offset).reshape(self.height, self.width)
+
+    def __iter__(self) -> Iterator[AnyArray]:
+        return (self[index] for index in range(self.pages))
+
+    def __enter__(self) -> StackReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
