@@ -1,14 +1,16 @@
-"""The error that a user can mend, and the one place where a command turns it into a sentence."""
+"""The error that a user can correct, and the one place where a command turns it into a sentence."""
 
 from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Optional
 
@@ -16,11 +18,14 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
+# What a write says when nobody reads the output any more: a closed pipe, a closed terminal, a closed connection.
+_READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ESHUTDOWN})
+
 Main = Callable[[Optional[Sequence[str]]], int]
 
 
 class UnetError(Exception):
-    """Something that the user can mend.
+    """Something that the user can correct.
 
     The message is one sentence that says what was wrong with which file or value and what to do.
     Each area derives its own root from this class.
@@ -31,16 +36,72 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(EXIT_TERMINATED)
 
 
+class _Output(io.TextIOWrapper):
+    """A standard stream whose text is dropped once its reader has gone away, as `head` does."""
+
+    def write(self, text: str, /) -> int:
+        """Write text; after a write that fails, all that follows goes to the null device.
+
+        Raises:
+            OSError: a write failed for another reason than a lost reader, such as a full disk.
+        """
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is buffered; failures count as in ``write``."""
+        try:
+            super().flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        # The descriptor itself is redirected: libraries in C++ and child processes write to it as well.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+        if error.errno not in _READER_GONE:
+            raise error
+
+
+def _secure_output() -> None:
+    """Make the standard streams ones that stop no work: neither a lost reader nor an unusual letter is an error.
+
+    Streams that somebody else put in place, as a test does, stay.
+    """
+    # A descriptor that was closed before the start would be given to the next file, which then got our messages.
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(null)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is not getattr(sys, f"__{name}__"):
+            continue
+        elif sys.platform == "win32":  # its console takes text, not bytes
+            stream.reconfigure(errors="backslashreplace")
+        else:
+            stream.flush()
+            raw = io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False))
+            setattr(sys, name, _Output(raw, stream.encoding, "backslashreplace", line_buffering=True))
+
+
 def command(main: Main) -> Callable[..., int]:
     """Wrap a command's ``main(argv)`` so that faults reach the user as one sentence.
 
-    ``UnetError``, a full disk and other operating-system errors that name a file give exit code 2;
+    A command whose reader has gone away (``... | head -1``) does its work to the end, and its exit code tells how that
+    went. ``UnetError``, a full disk and other operating-system errors that name a file give exit code 2;
     Ctrl-C gives 130; SIGTERM unwinds the stack, so that ``finally`` blocks run, and gives 143.
     Anything else is a bug in the program and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        _secure_output()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -51,10 +112,6 @@ def command(main: Main) -> Callable[..., int]:
         except KeyboardInterrupt:
             _complain("interrupted")
             return EXIT_INTERRUPTED
-        except BrokenPipeError:
-            # The reader of our output went away, as `head` does: nothing is wrong.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         except OSError as error:
             if error.filename is None and error.errno != errno.ENOSPC:
                 raise

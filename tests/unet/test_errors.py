@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +61,16 @@ def test_a_full_disk_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("error: the disk is full while writing")
 
 
+def test_standard_output_on_a_full_disk_is_one_sentence() -> None:
+    code = "import sys\nfrom unet.errors import command, say\nsys.exit(command(lambda argv: say('result') or 0)([]))"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: the disk is full while writing: free some space and run the command again"
+    ]
+
+
 def test_sigterm_runs_the_cleaning_up(tmp_path: Path) -> None:
     code = (
         "import signal, sys\nfrom unet.errors import command, say\n@command\ndef main(argv=None):\n"
@@ -73,16 +84,76 @@ def test_sigterm_runs_the_cleaning_up(tmp_path: Path) -> None:
     assert process.returncode == 143
 
 
-def test_a_reader_that_went_away_is_no_fault() -> None:
+WORK = """
+import logging, sys
+from pathlib import Path
+from tqdm import tqdm
+from unet.errors import UnetError, command, say
+
+@command
+def main(argv=None):
+    for step in tqdm(range(1000), file=sys.stderr, mininterval=0, leave=False):
+        say(f"step {step} " + 100 * ".")
+        logging.warning("step %d", step)
+    Path(sys.argv[1]).write_text("saved")
+    if len(sys.argv) > 2:
+        raise UnetError(f"{sys.argv[2]} does not exist")
+    return 0
+
+sys.exit(main())
+"""
+
+
+def run_piped(shell: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run WORK in a shell line where ``$RUN`` stands for it; the exit code is the command's own."""
+    line = f"RUN() {{ {shlex.join([sys.executable, '-c', WORK, *words])}; }}; {shell}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "shell", ["RUN 2>/dev/null | head -n 2", "RUN 2>&1 >/dev/null | head -n 2", "RUN 2>&1 | head -c 0", "RUN >&- 2>&-"]
+)
+def test_work_goes_on_when_nobody_reads(shell: str, tmp_path: Path) -> None:
+    saved = tmp_path / "checkpoint"
+    done = run_piped(shell, str(saved))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert saved.read_text() == "saved"
+
+
+@pytest.mark.parametrize("shell", ["RUN 2>/dev/null | head -n 2", "RUN 2>&1 | head -c 0", "RUN >&- 2>&-"])
+def test_a_fault_is_one_whether_or_not_somebody_reads(shell: str, tmp_path: Path) -> None:
+    assert run_piped(shell, str(tmp_path / "checkpoint"), "missing.tif").returncode == 2
+
+
+def test_a_closed_output_is_not_given_to_the_next_file(tmp_path: Path) -> None:
+    saved = tmp_path / "checkpoint"
     code = (
-        "import sys\nfrom unet.errors import command, say\n@command\ndef main(argv=None):\n"
-        "    while True:\n        say('y')\nsys.exit(main())"
+        "import os, sys\nfrom unet.errors import command, say\n@command\ndef main(argv=None):\n"
+        "    with open(sys.argv[1], 'w') as file:\n        say('hello')\n        os.write(1, b'from a library')\n"
+        "        os.write(2, b'from a library')\n        file.write('saved')\n    return 0\nsys.exit(main())"
     )
-    line = f'{sys.executable} -c "$CODE" | head -n 2; exit ${{PIPESTATUS[0]}}'
+    line = f"{shlex.join([sys.executable, '-c', code, str(saved)])} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", line], check=False).returncode == 0
+    assert saved.read_text() == "saved"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_no_message_fails_for_its_letters(encoding: str) -> None:
+    """A name with an umlaut, one in another script, and one that is not text at all."""
+    text = os.fsdecode("Präparat.tif 切片.tif ".encode() + b"\xff.tif")
+    code = (
+        "import os, sys\nfrom unet.errors import UnetError, command, say\n@command\ndef main(argv=None):\n"
+        "    text = os.fsdecode(bytes.fromhex(sys.argv[1]))\n    say(text)\n    raise UnetError(text)\n"
+        "sys.exit(main())"
+    )
     done = subprocess.run(
-        ["bash", "-c", line], env={**os.environ, "CODE": code}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, os.fsencode(text).hex()],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "y\ny\n", "")
+    shown = text.encode(encoding, "backslashreplace")
+    assert (done.returncode, done.stdout, done.stderr) == (2, shown + b"\n", b"error: " + shown + b"\n")
 
 
 def test_say_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
