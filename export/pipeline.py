@@ -31,6 +31,7 @@ from unet.files import atomic_directory
 from unet.geometry import output_size
 from unet.names import HALF_FILE, INPUT, INT8_FILE, ONNX_FILE, SAVED_MODEL
 from unet.processes import child
+from unet.volume import LabelOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,7 +105,8 @@ class Exporter:
         held_out = run_config.get("held_out", {})
         tiles = gather_tiles(self.config.data_dir, self.config.tile_sizes, held_out)
         self._say(f"measuring on {tiles.count} tiles: {tiles.source}")
-        scored = gather_scored(self.config.data_dir, self.config.tile_sizes, held_out)
+        label_options = LabelOptions.of(run_config.get("settings", {}))
+        scored = gather_scored(self.config.data_dir, self.config.tile_sizes, held_out, label_options)
         saved_model = self._copy_saved_model(run_config)
         reference = self._run_saved_model(saved_model, [*tiles.batches, *(scored.tiles() if scored else [])])
         self.expected[SAVED_MODEL_NAME] = reference.probability[: len(tiles.batches)]

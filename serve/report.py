@@ -23,7 +23,7 @@ from serve.measure.report import (
 from unet.card import CARD_FILE
 from unet.errors import command, say
 from unet.scores import score_stack
-from unet.volume import PROBABILITY_LIMITS, StackReader, read_labels
+from unet.volume import PROBABILITY_LIMITS, StackReader, add_label_flags, label_options, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, required=True, help="the stack that was segmented")
     parser.add_argument("--probability", type=Path, required=True, help="what the client wrote of it")
     parser.add_argument("--labels", type=Path, help="its labels, for the scores")
+    add_label_flags(parser)
     parser.add_argument("--pages", help="slices FIRST:LAST to show and score, LAST left out (default: all)")
     parser.add_argument("--benchmark", type=Path, help="benchmark.json of serve/benchmark.py")
     parser.add_argument("--artefacts", type=Path, help="folder with the model's card.json")
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = []
     if chosen.labels is not None:
         shown = [one["page"] for one in slices]
-        labels = read_labels(chosen.labels)
+        labels = read_labels(chosen.labels, label_options(chosen))
         with StackReader(chosen.probability, PROBABILITY_LIMITS) as reader:
             if len(labels) != len(reader):
                 raise ReportError(f"{chosen.labels} has {len(labels)} slices, {chosen.probability} {len(reader)}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from unet.errors import UnetError
 from unet.geometry import CONTEXT, is_valid_size, valid_size_for
+from unet.volume import LabelOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +67,10 @@ class TrainConfig:
     loss: str = _flag("cross_entropy", "what is minimised", choices=LOSSES)
     membrane_weight: float = _flag(1.0, "cost of an error on a membrane pixel; other pixels cost 1")
     border_weight: float = _flag(0.0, "extra cost of membrane between two close cells (the paper's w0 is 10)")
+    membrane_value: int = _flag(-1, "the labels' value of membrane; -1 takes 0, if its share is plausible")
+    membrane_width: int = _flag(
+        0, "the labels are ids of cells; membrane is where neighbours differ, so many pixels wide; 0: they are masks"
+    )
     crossvalidation_idx: int = _flag(-1, "hold out fold 0 to 4 of each stack from training; -1 trains on all slices")
     evaluate_every: int = _flag(0, "steps between two measurements of the held-out Dice while training; 0 for none")
     checkpoint_every: int = _flag(500, "steps between two checkpoints; the last step always writes one")
@@ -105,6 +110,11 @@ class TrainConfig:
                 f"a multiple of {ranks}, or another number of ranks"
             )
         return dataclasses.replace(self, batch_size=self.global_batch_size // ranks)
+
+    @property
+    def label_options(self) -> LabelOptions:
+        """How the values of the label stacks are understood."""
+        return LabelOptions.of(dataclasses.asdict(self))
 
     @property
     def repeat_command(self) -> str:

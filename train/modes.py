@@ -129,7 +129,8 @@ def _split(config: TrainConfig) -> tuple[list[Slice], list[Slice]]:
     held_out: list[Slice] = []
     for pair in find_pairs(config.data_dir):
         slices = [
-            Slice(name, image, label, np.ones(label.shape, np.float32)) for name, image, label in load_slices([pair])
+            Slice(name, image, label, np.ones(label.shape, np.float32))
+            for name, image, label in load_slices([pair], config.label_options)
         ]
         fold = fold_of(len(slices), config.crossvalidation_idx) if config.crossvalidation_idx >= 0 else range(0)
         for index, item in enumerate(slices):

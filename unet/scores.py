@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unet.errors import UnetError, command, say
-from unet.volume import PROBABILITY_LIMITS, StackReader, read_labels
+from unet.volume import NOT_ANNOTATED, PROBABILITY_LIMITS, StackReader, add_label_flags, label_options, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,20 +36,22 @@ def dice(probability: npt.NDArray[Any], labels: npt.NDArray[Any], threshold: flo
 
     Args:
         probability: of "not membrane", any shape; membrane is where it is not above the threshold.
-        labels: the same shape, 0 membrane, 1 not.
+        labels: the same shape, 0 membrane, 1 not; 255 is not annotated and left out.
         threshold: between membrane and not.
 
     Returns:
         Between 0 and 1; 1 where neither has any membrane.
     """
-    proposal, truth = probability <= threshold, labels == 0
+    proposal, truth = (probability <= threshold) & (labels != NOT_ANNOTATED), labels == 0
     size = int(proposal.sum()) + int(truth.sum())
     return 2 * int((proposal & truth).sum()) / size if size else 1.0
 
 
 def pixel_error(probability: npt.NDArray[Any], labels: npt.NDArray[Any], threshold: float = 0.5) -> float:
-    """The share of pixels on the wrong side of the threshold."""
-    return float(np.mean((probability > threshold) != (labels != 0)))
+    """The share of annotated pixels on the wrong side of the threshold; 0 where none is annotated."""
+    annotated = labels != NOT_ANNOTATED
+    wrong = ((probability > threshold) != (labels != 0)) & annotated
+    return int(wrong.sum()) / max(1, int(annotated.sum()))
 
 
 def thinned_segments(proposal: npt.NDArray[np.bool_]) -> npt.NDArray[np.integer[Any]]:
@@ -176,7 +178,7 @@ def _score_slice(task: tuple[npt.NDArray[Any], npt.NDArray[Any], tuple[float, ..
         # A mask or a sure network gives the same proposal at many thresholds.
         key = np.packbits(mask).tobytes()
         if key not in found:
-            found[key] = v_rand_v_info(mask, label != 0)
+            found[key] = v_rand_v_info(mask, (label != 0) & (label != NOT_ANNOTATED))
         scores.append(found[key])
     return scores
 
@@ -191,7 +193,7 @@ def score_stack(
 
     Args:
         probability: of "not membrane", [N, H, W] in [0, 1].
-        labels: [N, H, W], 0 membrane, 1 not.
+        labels: [N, H, W], 0 membrane, 1 not; pixels of 255 are not annotated and left out of all counts.
         thresholds: where proposals are cut.
         jobs: processes that share the slices. They are started afresh, for a fork of a process with TensorFlow's
             threads may hang; that takes them a second.
@@ -236,12 +238,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the scores of a probability stack."""
     parser = argparse.ArgumentParser(prog="unet.scores", description="Score a probability stack as ISBI 2012 did.")
     parser.add_argument("probability", type=Path, help="stack of non-membrane probabilities in [0, 1]")
-    parser.add_argument("labels", type=Path, help="stack of labels: 0 membrane, another value not")
+    parser.add_argument("labels", type=Path, help="stack of labels: masks of two values, or ids of cells")
+    add_label_flags(parser)
     parser.add_argument("--pages", default=":", help="slices FIRST:LAST to score, LAST left out (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the slices")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     chosen = parser.parse_args(argv)
-    labels = read_labels(chosen.labels)
+    labels = read_labels(chosen.labels, label_options(chosen))
     with StackReader(chosen.probability, PROBABILITY_LIMITS) as reader:
         scale = 1.0 if reader.dtype.kind == "f" else float(np.iinfo(reader.dtype).max)
         probability = np.stack([page / np.float32(scale) for page in reader])

@@ -16,7 +16,7 @@ from unet.files import atomic_file
 from unet.geometry import TilePlan, cheapest_tile_size, plan_tiles, predict_tiled
 from unet.intensity import to_uint8, window_of
 from unet.scores import StackScores, score_stack
-from unet.volume import StackReader, read_labels
+from unet.volume import MASKS, LabelOptions, StackReader, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +75,7 @@ class ScoredSlices:
 
     Attributes:
         images: uint8 [n, H, W].
-        labels: uint8 [n, H, W], 0 membrane, 1 not.
+        labels: uint8 [n, H, W], 0 membrane, 1 not, 255 not annotated.
         tile_size: that the slices are cut into.
     """
 
@@ -162,7 +162,10 @@ class Judge:
 
 
 def gather_scored(
-    data_dir: Path | None, tile_sizes: Sequence[int], held_out: Mapping[str, Sequence[int]]
+    data_dir: Path | None,
+    tile_sizes: Sequence[int],
+    held_out: Mapping[str, Sequence[int]],
+    label_options: LabelOptions = MASKS,
 ) -> ScoredSlices | None:
     """The labelled slices that training did not see, at most six; None where there are none.
 
@@ -170,6 +173,7 @@ def gather_scored(
         data_dir: folder of the training stacks.
         tile_sizes: that will be served.
         held_out: pages kept from training, by file name.
+        label_options: how training understood the labels.
 
     Raises:
         StackError: a stack cannot be read.
@@ -181,11 +185,11 @@ def gather_scored(
         labels_path = stack.with_name(stack.name.replace("-volume.", "-labels."))
         if not labels_path.exists():
             continue
-        labels = read_labels(labels_path)
+        labels = read_labels(labels_path, label_options)
         with StackReader(stack) as reader:
             chosen = [page for page in pages if page < min(len(reader), len(labels))][:MOST_SLICES]
             # A slice that is all membrane has no cells to score.
-            chosen = [page for page in chosen if labels[page].any()]
+            chosen = [page for page in chosen if (labels[page] == 1).any()]
             window = None if reader.dtype == np.uint8 else window_of(reader)
             images = [to_uint8(reader[page], window) for page in chosen]
         if images:

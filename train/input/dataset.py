@@ -13,7 +13,7 @@ from train.input.augmentation import NO_AUGMENTATION, Augmentation, resample, sa
 from unet.errors import UnetError
 from unet.geometry import output_size
 from unet.intensity import normalise, to_uint8, window_of
-from unet.volume import load_pair
+from unet.volume import MASKS, LabelOptions, load_pair
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,11 +64,13 @@ def find_pairs(data_dir: str | Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def load_slices(pairs: Sequence[tuple[Path, Path]]) -> list[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+def load_slices(
+    pairs: Sequence[tuple[Path, Path]], options: LabelOptions = MASKS
+) -> list[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
     """All labelled slices of several stacks as (name, image uint8 [H, W], label uint8 [H, W])."""
     loaded = []
     for images_path, labels_path in pairs:
-        images, labels = load_pair(images_path, labels_path)
+        images, labels = load_pair(images_path, labels_path, options)
         window = None if images.dtype == np.uint8 else window_of(images)
         loaded += [
             (f"{images_path.name}[{page}]", to_uint8(image, window), label)

@@ -1,10 +1,11 @@
 """Image volumes in and out: stacks of equal grey slices, read and written without holding them in memory."""
 
+from unet.volume.labels import MASKS, NOT_ANNOTATED, LabelOptions, add_label_flags, label_options, read_labels
 from unet.volume.limits import Limits, StackError
 from unet.volume.metadata import StackMetadata
 from unet.volume.ome_zarr import ZarrCanvas, ZarrStack
 from unet.volume.opening import BLOCK_PX, Volume, blocks, fingerprint, open_volume
-from unet.volume.pairs import load_pair, read_images, read_labels
+from unet.volume.pairs import load_pair, read_images
 from unet.volume.tiff.canvas import StackCanvas
 from unet.volume.tiff.reader import IMAGE_LIMITS, PROBABILITY_LIMITS, StackReader
 from unet.volume.tiff.writer import StackWriter
@@ -12,7 +13,10 @@ from unet.volume.tiff.writer import StackWriter
 __all__ = [
     "BLOCK_PX",
     "IMAGE_LIMITS",
+    "MASKS",
+    "NOT_ANNOTATED",
     "PROBABILITY_LIMITS",
+    "LabelOptions",
     "Limits",
     "StackCanvas",
     "StackError",
@@ -22,8 +26,10 @@ __all__ = [
     "Volume",
     "ZarrCanvas",
     "ZarrStack",
+    "add_label_flags",
     "blocks",
     "fingerprint",
+    "label_options",
     "load_pair",
     "open_volume",
     "read_images",

@@ -12,6 +12,7 @@ from export.gate.parity import ParityError
 from export.gate.scoring import Judge, ScoredSlices, gather_scored
 from unet.phantom import synthetic_stack
 from unet.scores import score_stack
+from unet.volume import LabelOptions, StackError
 
 SIZE = 204
 
@@ -77,7 +78,9 @@ def test_only_labelled_slices_that_training_did_not_see(tmp_path: Path) -> None:
     held_out = {"train-volume.tif": [1, 2, 3]}
     assert gather_scored(tmp_path, (SIZE, 284), held_out) is None
     tifffile.imwrite(tmp_path / "train-labels.tif", labels * 255, photometric="minisblack")
-    found = gather_scored(tmp_path, (SIZE, 284), held_out)
+    with pytest.raises(StackError, match="membrane"):
+        gather_scored(tmp_path, (SIZE, 284), held_out)
+    found = gather_scored(tmp_path, (SIZE, 284), held_out, LabelOptions(membrane_value=0))
     assert found is not None
     np.testing.assert_array_equal(found.images, images[[1, 3]])
     np.testing.assert_array_equal(found.labels, labels[[1, 3]])

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tifffile
+
+from unet.scores import ScoreError, dice, main, pixel_error, score_stack
+from unet.volume import NOT_ANNOTATED, LabelOptions, StackError, read_labels
+
+Array = npt.NDArray[Any]
+
+# Two cells and the membrane between them, 0; a fifth of the pixels.
+TRUTH = np.ones((2, 10, 20), np.uint8)
+TRUTH[:, :, 8:12] = 0
+# The same cells by number, as in CREMI and SNEMI3D.
+IDS = np.zeros((2, 6, 8), np.uint64)
+IDS[:, :, :4], IDS[:, :, 4:] = 7, 2**40
+
+
+def write(folder: Path, labels: Array) -> Path:
+    path = folder / "labels.tif"
+    tifffile.imwrite(path, labels, photometric="minisblack")
+    return path
+
+
+def test_labels_the_wrong_way_round_are_refused_and_turned_by_the_flag(tmp_path: Path) -> None:
+    path = write(tmp_path, (1 - TRUTH) * 255)
+    with pytest.raises(StackError, match=r"80% membrane \(value 0\).*add --membrane_value"):
+        read_labels(path)
+    assert np.array_equal(read_labels(path, LabelOptions(membrane_value=255)), TRUTH)
+    # Whoever insists gets them as they are.
+    assert np.array_equal(read_labels(path, LabelOptions(membrane_value=0)), 1 - TRUTH)
+
+
+@pytest.mark.parametrize("value", [0, 1, 255])
+def test_labels_of_one_value_are_refused(tmp_path: Path, value: int) -> None:
+    path = write(tmp_path, np.full((2, 4, 4), value, np.uint8))
+    with pytest.raises(StackError, match=r"(0|100)% membrane"):
+        read_labels(path)
+    assert (read_labels(path, LabelOptions(membrane_value=0)) == (value != 0)).all()
+
+
+def test_a_membrane_value_that_is_not_among_two_others_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"values 0, 1 beside 255 by page 0"):
+        read_labels(write(tmp_path, TRUTH), LabelOptions(membrane_value=255))
+
+
+def test_scores_refuse_what_training_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tifffile.imwrite(tmp_path / "p.tif", TRUTH.astype(np.float32), photometric="minisblack")
+    path = write(tmp_path, (1 - TRUTH) * 255)
+    assert main([str(tmp_path / "p.tif"), str(path)]) == 2
+    assert "80% membrane" in capsys.readouterr().err
+    assert main([str(tmp_path / "p.tif"), str(path), "--membrane_value", "255"]) == 0
+    assert "Dice of the membrane 1.0000" in capsys.readouterr().out
+
+
+def test_what_nobody_annotated_is_marked_and_left_out_of_the_shares(tmp_path: Path) -> None:
+    sparse = TRUTH.copy()
+    sparse[:, :5] = 255
+    with pytest.raises(StackError, match=r"values 1, 255 beside 0 by page 0.*--ignore_label"):
+        read_labels(write(tmp_path, sparse))
+    labels = read_labels(write(tmp_path, sparse), LabelOptions(ignore_label=255))
+    assert np.array_equal(labels[:, 5:], TRUTH[:, 5:])
+    assert (labels[:, :5] == NOT_ANNOTATED).all()
+    with pytest.raises(StackError, match="no annotated pixel"):
+        read_labels(write(tmp_path, np.full((1, 3, 3), 9, np.uint8)), LabelOptions(ignore_label=9))
+
+
+def test_scores_leave_out_what_nobody_annotated() -> None:
+    proposal = TRUTH.astype(np.float32)
+    proposal[:, :5] = 1 - proposal[:, :5]  # wrong where nobody looks
+    sparse = TRUTH.copy()
+    sparse[:, :5] = NOT_ANNOTATED
+    assert dice(proposal, TRUTH) < 1
+    assert dice(proposal, sparse) == 1
+    assert pixel_error(proposal, sparse) == 0
+    scores = score_stack(proposal, sparse)
+    assert (scores.dice, scores.best_v_rand, scores.best_v_info) == (1, 1, 1)
+    with pytest.raises(ScoreError, match="without any non-membrane pixel"):
+        score_stack(proposal, np.full_like(TRUTH, NOT_ANNOTATED))
+
+
+@pytest.mark.parametrize(("width", "columns"), [(1, [3]), (2, [3, 4]), (3, [2, 3, 4]), (4, [2, 3, 4, 5])])
+def test_membrane_lies_between_ids(tmp_path: Path, width: int, columns: list[int]) -> None:
+    expected = np.ones(IDS.shape, np.uint8)
+    expected[:, :, columns] = 0
+    options = LabelOptions(membrane_width=width, membrane_value=0)
+    assert np.array_equal(read_labels(write(tmp_path, IDS), options), expected)
+
+
+def test_the_id_of_no_cell_is_membrane_and_that_of_no_annotation_has_no_border(tmp_path: Path) -> None:
+    ids = IDS.copy()
+    ids[:, 0], ids[:, -1] = 0, 2**64 - 1
+    labels = read_labels(write(tmp_path, ids), LabelOptions(0, 2**64 - 1, 2))
+    assert (labels[:, :2] == 0).all()  # the background, and the cells' first row beside it
+    assert (labels[:, -1] == NOT_ANNOTATED).all()
+    assert (labels[:, 2:-1] == [1, 1, 1, 0, 0, 1, 1, 1]).all()
+
+
+def test_ids_are_not_guessed_and_a_grey_image_is_none(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="ids of cells, add --membrane_width"):
+        read_labels(write(tmp_path, IDS + np.arange(2, dtype=np.uint64)[:, None, None]))
+    grey = np.random.default_rng(0).integers(0, 256, (2, 30, 30)).astype(np.uint8)
+    with pytest.raises(StackError, match="membrane between its ids"):
+        read_labels(write(tmp_path, grey), LabelOptions(membrane_width=2))
