@@ -42,9 +42,10 @@ class TrainConfig:
     batch_size: int = _flag(1, "windows per step and rank")
     global_batch_size: int = _flag(0, "windows per step over all ranks, instead of --batch_size; 0 leaves it to that")
     max_steps: int = _flag(1000, "training steps")
+    max_minutes: float = _flag(0.0, "time the first steps and train only as many as fit into so many minutes; 0: all")
     seed: int = _flag(0, "seed of the weights, the windows, their deformation and dropout")
     weight_decay: float = _flag(0.0005, "decoupled decay of the kernels: a step takes learning rate x this")
-    log_every: int = _flag(100, "steps between two lines of the log")
+    log_every: int = _flag(100, "steps between two lines of the log; after 5 seconds one comes in any case")
     warmup_steps: int = _flag(200, "with --benchmark: those of --max_steps that are not measured")
     learning_rate: float = _flag(0.01, "learning rate at the start")
     momentum: float = _flag(0.99, "momentum of --optimizer momentum")
@@ -91,6 +92,8 @@ class TrainConfig:
         if not is_valid_size(self.tile_size):
             nearest = valid_size_for(max(1, self.tile_size - CONTEXT))
             raise ConfigError(f"--tile_size {self.tile_size} is not 188 + 16k; the next such size is {nearest}")
+        if not self.max_minutes >= 0:
+            raise ConfigError(f"--max_minutes is {self.max_minutes:g}; it must be positive, or 0 for no limit")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if not -1 <= self.crossvalidation_idx < 5:

@@ -7,7 +7,7 @@ import signal
 import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from train.evaluation import make_predictor
 from train.input.dataset import Slice, Windows, windows_of
 from train.model.losses import segmentation_loss
 from train.model.network import build_unet
+from train.model.schedule import Budget, Schedule, record_steps
 from unet.errors import UnetError
 from unet.scores import dice
 from unet.volume.overlay import membrane_overlay
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from train.cluster import Cluster
     from train.evaluation import Predictor
     from train.log import RunLog
+
+
+# A log gets a line after so many seconds, however few steps these were.
+SIGN_OF_LIFE_S = 5.0
 
 
 class TrainingError(UnetError):
@@ -61,33 +66,11 @@ def precision_of(config: TrainConfig) -> str:
     return f"mixed_{config.amp_dtype}"
 
 
-class Schedule(tf.keras.optimizers.schedules.LearningRateSchedule):
-    """The learning rate at a step: a linear rise, then constant, decaying by stairs, or half a cosine to zero."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-
-    def __call__(self, step: tf.Tensor) -> tf.Tensor:
-        """The learning rate of the step after ``step`` finished ones."""
-        config = self.config
-        done = tf.cast(step, tf.float32)
-        rate = tf.constant(config.learning_rate)
-        if config.lr_schedule == "exponential":
-            rate *= config.decay_rate ** tf.floor(done / config.decay_steps)
-        elif config.lr_schedule == "cosine":
-            rate *= 0.5 * (1 + tf.cos(np.pi * tf.minimum(done / config.max_steps, 1.0)))
-        if config.lr_warmup_steps > 0:
-            rate *= tf.minimum((done + 1) / config.lr_warmup_steps, 1.0)
-        return rate
-
-    def get_config(self) -> dict[str, Any]:
-        """The settings, for Keras."""
-        return {"config": dataclasses.asdict(self.config)}
-
-
-def make_optimizer(config: TrainConfig, precision: str) -> tf.keras.optimizers.Optimizer:
+def make_optimizer(
+    config: TrainConfig, precision: str, schedule: Schedule | None = None
+) -> tf.keras.optimizers.Optimizer:
     """The optimizer of the configuration, with loss scaling where the precision is float16."""
-    common = {"learning_rate": Schedule(config), "weight_decay": config.weight_decay or None}
+    common = {"learning_rate": schedule or Schedule(config), "weight_decay": config.weight_decay or None}
     if config.optimizer == "adam":
         optimizer = tf.keras.optimizers.Adam(**common)
     else:
@@ -116,7 +99,8 @@ class Trainer:
             seed=config.seed,
             first_window=self._first_window,
         )
-        self.optimizer = make_optimizer(config, precision)
+        self.schedule = Schedule(config)
+        self.optimizer = make_optimizer(config, precision, self.schedule)
         self.optimizer.build(self.model.trainable_variables)
         self.checkpoints = Checkpoints(config.model_dir, model=self.model, optimizer=self.optimizer)
         self._step = tf.function(self._compute_step)
@@ -214,22 +198,24 @@ def train(
     batches = iter(windows.batches(offset, config.batch_size, trainer.global_batch))
     predict = make_predictor(trainer.model)
     interval = _Interval()
-    step = first
+    step, max_steps = first, config.max_steps
+    budget = Budget(config, first)
     with (
         _StopRequest() as stop,
-        tqdm(total=config.max_steps, initial=first, unit="step", disable=None if cluster.is_first else True) as bar,
+        tqdm(total=max_steps, initial=first, unit="step", disable=None if cluster.is_first else True) as bar,
     ):
-        while step < config.max_steps:
+        while step < max_steps:
             loss, others_stop = _one_step(trainer, windows, batches, step, interval, stopping=stop.asked)
             step += 1
             bar.update()
             rate = interval.img_per_s(trainer.global_batch)
             bar.set_postfix(loss=f"{loss:.4f}", img_per_s=f"{rate:.2f}", refresh=False)
-            last = step == config.max_steps or others_stop
-            if cluster.is_first and (step % config.log_every == 0 or last):
+            bar.total = max_steps = _fit(trainer, budget, step, max_steps, log)
+            last = step == max_steps or others_stop
+            if cluster.is_first and (step % config.log_every == 0 or interval.elapsed_s > SIGN_OF_LIFE_S or last):
                 figures = interval.report(trainer.global_batch)
                 text = "step {} of {}: loss {loss:.4f}, {img_per_s:.2f} img/s, {input_share:.1%} waiting for input"
-                log.event(step, text.format(step, config.max_steps, **figures), **figures)
+                log.event(step, text.format(step, max_steps, **figures), **figures)
                 interval = _Interval()
             if config.evaluate_every and held_out and (step % config.evaluate_every == 0 or last):
                 score, first_seen = _shared_dice(cluster, predict, held_out)
@@ -240,7 +226,26 @@ def train(
                 trainer.checkpoints.save(step)
             if others_stop:
                 break
-    return TrainResult(trainer.model, step, interrupted=step < config.max_steps)
+    return TrainResult(trainer.model, step, interrupted=step < max_steps)
+
+
+def _fit(trainer: Trainer, budget: Budget, step: int, max_steps: int, log: RunLog) -> int:
+    """The steps of the run after ``step`` of them: those that fit into the budget once the first rank knows."""
+    if not budget.open:
+        return max_steps
+    cluster = trainer.cluster
+    mine = (budget.fitted(step) or 0) if cluster.is_first else 0
+    fitted = int(cluster.sum(tf.constant(mine, tf.int64), name="fitted_steps"))
+    if not fitted:
+        return max_steps
+    budget.open = False
+    trainer.schedule.max_steps.assign(float(fitted))
+    if cluster.is_first:
+        record_steps(trainer.config.model_dir, fitted)
+        minutes = (fitted - step) * budget.step_s / 60
+        text = f"a step takes {budget.step_s:.2f} s: {fitted} steps in all, {minutes:.1f} minutes more"
+        log.event(step, text, max_steps=fitted, step_s=budget.step_s)
+    return fitted
 
 
 def _resumed_step(trainer: Trainer, config: TrainConfig, cluster: Cluster) -> int:

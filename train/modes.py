@@ -24,6 +24,7 @@ from train.loop import precision_of, train
 from train.model.losses import border_weights
 from train.model.network import build_unet
 from train.model.saved_model import write_saved_model
+from train.model.schedule import CONFIG_FILE, as_fitted
 from train.throughput import measure
 from unet import __version__
 from unet.errors import say
@@ -90,12 +91,14 @@ def _benchmark(config: TrainConfig, cluster: Cluster, log: RunLog) -> None:
 
 
 def _train(config: TrainConfig, cluster: Cluster, log: RunLog) -> bool:
+    config, fitted = as_fitted(config)
     training, held_out = _split(config)
     if cluster.is_first:
         write_json(
-            Path(config.model_dir) / "config.json",
+            Path(config.model_dir) / CONFIG_FILE,
             {
                 "settings": dataclasses.asdict(config),
+                "fitted": fitted,
                 "repeat": config.repeat_command,
                 "held_out": _held_out_pages(config),
                 "ranks": cluster.size,

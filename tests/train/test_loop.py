@@ -20,8 +20,9 @@ from train.cluster import Cluster
 from train.config import ConfigError, TrainConfig
 from train.input.dataset import Slice
 from train.log import RunLog, read_log
-from train.loop import Schedule, TrainingError, make_optimizer, precision_of, train
+from train.loop import TrainingError, make_optimizer, precision_of, train
 from train.model.network import build_unet
+from train.model.schedule import Schedule
 
 Make = Callable[..., TrainConfig]
 
@@ -52,7 +53,7 @@ def test_training_lowers_the_loss(tiny: Make, slices: list[Slice]) -> None:
     run(config, slices)
     events = [json.loads(line[5:]) for line in Path(config.model_dir, "log.json").read_text().splitlines()]
     losses = [event["data"]["loss"] for event in events if "loss" in event["data"]]
-    assert len(losses) == 6
+    assert len(losses) >= 6  # on a busy machine a line comes after some seconds too
     assert losses[-1] < 0.8 * losses[0]
 
 

@@ -1,0 +1,108 @@
+"""How many steps a run takes, and its learning rate at each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from unet.files import write_json
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+CONFIG_FILE = "config.json"
+# The first steps trace and compile the network; the next ones are timed. A slow machine is timed for a shorter count.
+UNTIMED_STEPS = 3
+TIMED_STEPS = 20
+TIMED_S = 5.0
+
+
+class Schedule(tf.keras.optimizers.schedules.LearningRateSchedule):
+    """The learning rate at a step: a linear rise, then constant, decaying by stairs, or half a cosine to zero.
+
+    Attributes:
+        max_steps: float32 scalar, the steps of the run; the cosine reaches zero there. A run may change it.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.max_steps = tf.Variable(float(config.max_steps), trainable=False, dtype=tf.float32)
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        """The learning rate of the step after ``step`` finished ones."""
+        config = self.config
+        done = tf.cast(step, tf.float32)
+        rate = tf.constant(config.learning_rate)
+        if config.lr_schedule == "exponential":
+            rate *= config.decay_rate ** tf.floor(done / config.decay_steps)
+        elif config.lr_schedule == "cosine":
+            rate *= 0.5 * (1 + tf.cos(np.pi * tf.minimum(done / self.max_steps, 1.0)))
+        if config.lr_warmup_steps > 0:
+            rate *= tf.minimum((done + 1) / config.lr_warmup_steps, 1.0)
+        return rate
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings, for Keras."""
+        return {"config": dataclasses.asdict(self.config)}
+
+
+class Budget:
+    """Fits the number of steps to ``--max_minutes`` by the time that the first steps take.
+
+    Args:
+        config: ``max_minutes`` is the budget from now on, 0 for none; ``max_steps`` stays the upper limit.
+        first: steps that a former run did already.
+
+    Attributes:
+        open: whether the number of steps is still to be fitted.
+        step_s: seconds that a step took, once fitted.
+    """
+
+    def __init__(self, config: TrainConfig, first: int) -> None:
+        self.open = config.max_minutes > 0
+        self._limit = config.max_steps
+        self._ends = time.perf_counter() + config.max_minutes * 60
+        self._from = first + UNTIMED_STEPS
+        self._since = 0.0
+        self.step_s = 0.0
+
+    def fitted(self, done: int) -> int | None:
+        """The steps of the whole run, once enough of them are timed; None before.
+
+        Args:
+            done: steps done so far; to be asked after each of them.
+        """
+        now = time.perf_counter()
+        if done == self._from:
+            self._since = now
+        timed = done - self._from
+        if timed < 1 or (timed < TIMED_STEPS and now - self._since < TIMED_S):
+            return None
+        self.step_s = (now - self._since) / timed
+        left = max(0, int((self._ends - now) / self.step_s))
+        return max(done, min(self._limit, done + left))
+
+
+def record_steps(model_dir: str, steps: int) -> None:
+    """Write the fitted number of steps into a run's ``config.json``, so that repeating or resuming it takes as many."""
+    path = Path(model_dir) / CONFIG_FILE
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["settings"].update(max_steps=steps, max_minutes=0.0)
+    write_json(path, {**record, "fitted": True})
+
+
+def as_fitted(config: TrainConfig) -> tuple[TrainConfig, bool]:
+    """The configuration with the number of steps that the run to resume was fitted to, and whether it was."""
+    path = Path(config.model_dir) / CONFIG_FILE
+    if not (config.resume and config.max_minutes and path.exists()):
+        return config, False
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not record.get("fitted"):
+        return config, False
+    return dataclasses.replace(config, max_steps=record["settings"]["max_steps"], max_minutes=0.0), True
