@@ -19,7 +19,7 @@ from serve.volume.outputs import Output, OutputSettings, stem_of, target_of
 from serve.volume.partial import Partial, RawStore, Store
 from unet import __version__
 from unet.intensity import Window, to_uint8, window_of
-from unet.volume import BLOCK_PX, Volume, ZarrCanvas, ZarrStack, blocks, fingerprint, open_volume
+from unet.volume import BLOCK_PX, Volume, ZarrCanvas, ZarrStack, blocks, open_volume
 from unet.volume.overlay import overlay_png, shrink, shrink_factor
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def segment_volume(segmenter: Segmenter, source: Path, request: Request, fill: F
             recalled, targets = _work(segmenter, volume, window, plan, bands, partial, request, fill)
             finished = True
         except ClientError as error:
-            if partial.done:
+            if partial.done and not volume.changed():
                 kept = f"what was found so far is in {partial.folder}, add --resume to go on with it"
                 raise type(error)(f"{error}; {kept}") from error
             raise
@@ -177,7 +177,7 @@ def _header(
     """What probabilities depend on; what is written of them may be chosen anew."""
     served = segmenter.interface
     return {
-        "input": fingerprint(volume),
+        "input": volume.fingerprint(),
         "size": [len(volume), volume.height, volume.width],
         "model": f"{served.version} {served.card_sha256}",
         "intensity_window": window,
@@ -209,6 +209,11 @@ def _work(
             stack.callback(outputs[-1].close)
         run = Run(volume, window, plan, bands, partial, store, outputs)
         recalled = _produce(segmenter, run, request, fill)
+    if volume.changed():
+        raise ClientError(
+            f"{volume.path} was changed or replaced while it was read, so that the result may be of two stacks: run it "
+            "again with --overwrite"
+        )
     for output in outputs:
         output.publish()
     if request.picture_slice is not None:

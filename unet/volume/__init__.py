@@ -4,7 +4,7 @@ from unet.volume.labels import MASKS, NOT_ANNOTATED, LabelOptions, add_label_fla
 from unet.volume.limits import Limits, StackError
 from unet.volume.metadata import StackMetadata
 from unet.volume.ome_zarr import ZarrCanvas, ZarrStack
-from unet.volume.opening import BLOCK_PX, Volume, blocks, fingerprint, open_volume
+from unet.volume.opening import BLOCK_PX, Volume, blocks, open_volume
 from unet.volume.pairs import load_pair, read_images
 from unet.volume.tiff.canvas import StackCanvas
 from unet.volume.tiff.reader import IMAGE_LIMITS, PROBABILITY_LIMITS, StackReader
@@ -28,7 +28,6 @@ __all__ = [
     "ZarrStack",
     "add_label_flags",
     "blocks",
-    "fingerprint",
     "label_options",
     "load_pair",
     "open_volume",

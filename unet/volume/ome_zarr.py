@@ -65,6 +65,7 @@ class ZarrStack:
         if self.pages > limits.max_pages or self.height * self.width > limits.max_pixels_per_page:
             raise StackError(f"{self.path} declares {list(shape)} pixels, more than are read: cut it into smaller ones")
         self.metadata = self._metadata(axes)
+        self._first_look: str | None = None
 
     def _metadata(self, axes: list[str]) -> StackMetadata:
         sizes: dict[str, Any] = {}
@@ -98,11 +99,19 @@ class ZarrStack:
             raise StackError(f"slice {index} of {self.path} is damaged ({error}): copy it again") from error
         return np.ascontiguousarray(rows, self.dtype)
 
-    def fingerprint(self) -> str:
-        """A SHA-256 over names, sizes and times of the first level's files, in hexadecimal.
+    def fingerprint(self) -> dict[str, Any]:
+        """A SHA-256, in hexadecimal, over names, sizes and times of the first level's files.
 
         The pixels themselves are not read: a volume may be larger than anyone wants to read twice.
         """
+        self._first_look = self._first_look or self._look()
+        return {"sha256": self._first_look}
+
+    def changed(self) -> bool:
+        """Whether a chunk was written, added or removed since ``fingerprint`` was first asked for."""
+        return self._first_look is not None and self._look() != self._first_look
+
+    def _look(self) -> str:
         digest = hashlib.sha256((self.path / self._name / ".zarray").read_bytes())
         for folder, names, files in sorted(os.walk(self.path / self._name)):
             names.sort()

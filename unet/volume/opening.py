@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy.typing as npt
 
-from unet.files import sha256_of
 from unet.volume.ome_zarr import ZarrStack, is_zarr
 from unet.volume.tiff.reader import StackReader
 
@@ -26,13 +25,6 @@ def open_volume(path: Path) -> Volume:
         StackError: if it cannot be read.
     """
     return ZarrStack(path) if is_zarr(path) else StackReader(path)
-
-
-def fingerprint(volume: Volume) -> dict[str, Any]:
-    """What tells whether a volume is still the same."""
-    if isinstance(volume, ZarrStack):
-        return {"sha256": volume.fingerprint()}
-    return {"bytes": volume.path.stat().st_size, "sha256": sha256_of(volume.path)}
 
 
 def blocks(volume: Volume) -> Iterator[npt.NDArray[Any]]:

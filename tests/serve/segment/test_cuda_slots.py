@@ -63,7 +63,7 @@ def wrong_calls(source: str) -> list[str]:
 
 
 def test_every_call_is_one_that_tritonclient_takes(project_root: Path) -> None:
-    source = (project_root / "serve" / "slots.py").read_text(encoding="utf-8")
+    source = (project_root / "serve" / "segment" / "slots.py").read_text(encoding="utf-8")
     assert source.count("self._cuda.") >= 6
     assert wrong_calls(source) == []
     for right, wrong in (

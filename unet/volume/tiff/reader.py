@@ -5,6 +5,7 @@ What a file declares (size, number of pages, bit depth, where its pixels lie) is
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -32,6 +33,9 @@ PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"))
 class StackReader:
     """An open stack of equal grey slices; a context manager and a sequence of arrays [height, width].
 
+    All pixels come through the one descriptor that was opened first, so that a file that replaces this one under the
+    same name never gives some of them. ``changed`` tells whether that, or a change in place, has happened.
+
     Attributes:
         path: the file.
         pages: number of slices.
@@ -49,6 +53,7 @@ class StackReader:
         """
         self.path = Path(path)
         self._file = open_tiff(self.path)
+        self._opened = os.fstat(self._file.filehandle.fileno())
         self._decoded: tuple[int, AnyArray] | None = None
         try:
             self._check(limits)
@@ -68,7 +73,7 @@ class StackReader:
         self._inverted = self.dtype.kind == "u" and getattr(first.photometric, "name", "") == "MINISWHITE"
         self.pages, alone = declared_pages(self._file, self.path, limits)
         self._offset: int | None = int(first.dataoffsets[0]) if alone else None
-        size = self.path.stat().st_size
+        size = self._opened.st_size
         if self._offset is not None:
             if first.compression != 1 or self._offset + self.pages * self._page_bytes > size:
                 raise damaged(self.path)
@@ -132,12 +137,8 @@ class StackReader:
                 self._decoded = None  # before the next one takes its memory
                 self._decoded = index, self[index]
             return self._decoded[1][row0:row1]
-        stored = self.dtype.newbyteorder(self._file.byteorder)
         offset += row0 * self.width * self.dtype.itemsize
-        read = np.fromfile(self.path, stored, (row1 - row0) * self.width, offset=offset)
-        if read.size != (row1 - row0) * self.width:
-            raise damaged(self.path)
-        rows = read.reshape(-1, self.width).astype(self.dtype, copy=False)
+        rows = self._read(offset, row1 - row0).astype(self.dtype, copy=False)
         return np.iinfo(self.dtype).max - rows if self._inverted else rows
 
     def _plain_offset(self, index: int) -> int | None:
@@ -151,9 +152,41 @@ class StackReader:
         if self._offset is None:
             decoded: AnyArray = self._file.pages[index].asarray()
             return decoded
-        stored = self.dtype.newbyteorder(self._file.byteorder)
-        offset = self._offset + index * self._page_bytes
-        return np.fromfile(self.path, stored, self.height * self.width, offset=offset).reshape(self.height, self.width)
+        return self._read(self._offset + index * self._page_bytes, self.height)
+
+    def _read(self, offset: int, rows: int) -> AnyArray:
+        """Whole rows as they are stored, from a place in the file on."""
+        found = np.empty((rows, self.width), self.dtype.newbyteorder(self._file.byteorder))
+        into = found.reshape(-1).view(np.uint8).data
+        done = 0
+        while done < into.nbytes:
+            count = os.preadv(self._file.filehandle.fileno(), [into[done:]], offset + done)
+            if count == 0:
+                raise damaged(self.path)
+            done += count
+        return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The size in bytes, and the SHA-256 in hexadecimal, of the file that was opened."""
+        digest, size, descriptor = hashlib.sha256(), 0, self._file.filehandle.fileno()
+        while block := os.pread(descriptor, 2**20, size):
+            digest.update(block)
+            size += len(block)
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
+    def changed(self) -> bool:
+        """Whether the file was written to since it was opened, or another one has its name now.
+
+        One that was moved away is still the one that was opened.
+        """
+        now = os.fstat(self._file.filehandle.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            return True
+        try:
+            named = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return (named.st_dev, named.st_ino) != (self._opened.st_dev, self._opened.st_ino)
 
     def __iter__(self) -> Iterator[AnyArray]:
         return (self[index] for index in range(self.pages))
