@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,64 @@ def test_the_hash_of_a_directory_sees_names_and_contents(tmp_path: Path) -> None
     (tmp_path / "d" / "e" / "a").rename(tmp_path / "d" / "a")
     seen.add(sha256_of(tmp_path / "d"))
     assert len(seen) == 3
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+import unet.files as files
+
+final, moment, exchange = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "exchange"
+if not exchange:
+    files._exchange = lambda one, other: False
+
+def die_at(name, module):
+    real, seen = getattr(module, name), []
+
+    def wrapped(*arguments, **named):
+        done = real(*arguments, **named)
+        seen.append(1)
+        if f"{name} {len(seen)}" == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    setattr(module, name, wrapped)
+
+die_at("replace", os)
+die_at("_exchange", files)
+with files.atomic_directory(final) as aside:
+    (aside / "new").touch()
+    if moment == "fill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "way", "left"),
+    [
+        ("fill", "exchange", ["old"]),
+        ("_exchange 1", "exchange", ["new"]),
+        ("replace 1", "in turn", ["old"]),
+        ("replace 2", "in turn", ["new"]),
+    ],
+)
+def test_a_kill_at_any_moment_leaves_one_of_both(tmp_path: Path, moment: str, way: str, left: list[str]) -> None:
+    path = tmp_path / "d"
+    with atomic_directory(path) as aside:
+        (aside / "old").touch()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), moment, way], check=False)
+    assert done.returncode == -signal.SIGKILL
+    # The next writer repairs what the kill left, even if it fails itself.
+    with pytest.raises(Interrupted):
+        interrupted_directory(path)
+    assert [item.name for item in path.iterdir()] == left
+    assert [item.name for item in tmp_path.iterdir()] == ["d"]
+
+
+def test_what_a_living_process_fills_is_not_taken_for_abandoned(tmp_path: Path) -> None:
+    (tmp_path / ".d.12345678").mkdir()
+    with atomic_directory(tmp_path / "d") as first, atomic_directory(tmp_path / "d") as second:
+        assert not (tmp_path / ".d.12345678").exists()
+        (first / "first").touch()
+        (second / "second").touch()
+    assert [item.name for item in (tmp_path / "d").iterdir()] == ["first"]
