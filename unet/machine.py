@@ -1,9 +1,10 @@
-"""This machine: the cores that a process may use, the memory nodes that they lie on, and its NVIDIA GPUs."""
+"""This machine: its cores and their instructions, the memory nodes that they lie on, and its NVIDIA GPUs."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,19 @@ from pathlib import Path
 TOOL_TIMEOUT_S = 30.0
 _CGROUP = Path("/sys/fs/cgroup")
 _NODES = Path("/sys/devices/system/node")
+_CPUINFO = Path("/proc/cpuinfo")
+# The values of ONEDNN_MAX_CPU_ISA that allow a kind of instructions beyond AVX2, and what the kernel calls it.
+_AMX_LEVELS = ("AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16")
+_BF16_LEVELS = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", *_AMX_LEVELS)
+_VNNI_LEVELS = ("AVX512_CORE_VNNI", *_BF16_LEVELS)
+_INSTRUCTIONS = (
+    ("avx2", "avx2", ("AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", *_VNNI_LEVELS)),
+    ("avx512", "avx512bw", ("AVX512_CORE", *_VNNI_LEVELS)),
+    ("vnni", "avx_vnni", ("AVX2_VNNI", "AVX2_VNNI_2", *_VNNI_LEVELS)),
+    ("vnni", "avx512_vnni", _VNNI_LEVELS),
+    ("bf16", "avx512_bf16", _BF16_LEVELS),
+    ("amx", "amx_tile", _AMX_LEVELS),
+)
 
 
 def usable_cores(cgroup: Path = _CGROUP) -> int:
@@ -42,6 +56,40 @@ def _quota(cgroup: Path) -> float | None:
     except (OSError, ValueError):
         return None
     return microseconds / period_us if microseconds > 0 else None
+
+
+def instruction_sets(cpuinfo: Path = _CPUINFO) -> tuple[str, ...]:
+    """The instructions that libraries compute with here: of "avx2", "avx512", "vnni", "bf16" and "amx" those at hand.
+
+    "vnni" multiplies 8-bit integers without saturating in between, "bf16" multiplies bfloat16, "amx" both, in tiles.
+    The environment's ``ONEDNN_MAX_CPU_ISA``, which TensorFlow and OpenVINO obey, takes away what lies beyond it. Empty
+    where the kernel lists none of them.
+
+    Args:
+        cpuinfo: the kernel's list; tests name another.
+    """
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    unlimited = most in ("", "ALL", "DEFAULT")
+    found = [name for name, flag, levels in _INSTRUCTIONS if flag in flags and (unlimited or most in levels)]
+    return tuple(dict.fromkeys(found))
+
+
+def processor_name(cpuinfo: Path = _CPUINFO) -> str:
+    """What the processor calls itself.
+
+    Args:
+        cpuinfo: the kernel's list; tests name another.
+    """
+    name = platform.processor() or platform.machine()
+    if not cpuinfo.is_file():
+        return name
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
 
 
 def numa_nodes(nodes: Path = _NODES) -> int:

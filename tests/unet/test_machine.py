@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unet.machine import numa_nodes, usable_cores
+from unet.machine import instruction_sets, numa_nodes, processor_name, usable_cores
 
 ALLOWED = len(os.sched_getaffinity(0))
 
@@ -45,3 +45,26 @@ def test_memory_nodes_count_where_this_process_may_run(tmp_path: Path) -> None:
         (tmp_path / f"node{number}").mkdir()
         (tmp_path / f"node{number}" / "cpulist").write_text(f"{listing}\n")
     assert numa_nodes(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "most", "found"),
+    [
+        ("sse4_1 avx avx2", "", ("avx2",)),
+        ("avx2 avx512bw avx512_vnni avx512_bf16 avx_vnni", "", ("avx2", "avx512", "vnni", "bf16")),
+        ("avx2 avx512bw avx512_vnni avx512_bf16 avx_vnni", "AVX2", ("avx2",)),
+        ("avx2 avx512bw avx512_vnni avx512_bf16 avx_vnni", "avx2_vnni", ("avx2", "vnni")),
+        ("avx2 avx512bw avx512_vnni avx512_bf16", "AVX512_CORE", ("avx2", "avx512")),
+        ("avx2 avx512bw avx512_vnni avx512_bf16 amx_tile", "AVX512_CORE_BF16", ("avx2", "avx512", "vnni", "bf16")),
+        ("avx2 avx512bw avx512_vnni avx512_bf16 amx_tile", "ALL", ("avx2", "avx512", "vnni", "bf16", "amx")),
+        ("avx2 avx512bw", "SSE41", ()),
+    ],
+)
+def test_instructions_are_the_processors_within_the_limit(
+    flags: str, most: str, found: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Some CPU: fast\nflags\t\t: fpu {flags}\n\n")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert instruction_sets(tmp_path / "cpuinfo") == found
+    assert processor_name(tmp_path / "cpuinfo") == "Some CPU: fast"
+    assert instruction_sets(tmp_path / "none") == ()
