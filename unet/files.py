@@ -1,4 +1,8 @@
-"""Files that appear under their final name only when they are whole."""
+"""Files that appear under their final name only when they are whole.
+
+What is being written lies in a hidden folder beside it, ``.NAME.XXXXXXXX.aside``, which holds a locked file. When a
+process is killed, the system frees its lock: the next process that writes into the same folder removes the leftover.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,93 +22,172 @@ from typing import Any
 if sys.platform != "win32":
     import fcntl
 
+_SUFFIX = ".aside"
+_LOCK = ".lock"
+_NO_LOCK = ".no-lock"
 _FORMER = ".former"
 # Of the Linux kernel's interface.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# What a network share answers when it does not know an operation; its files are none the worse for that.
+_UNSUPPORTED = frozenset(
+    {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR, errno.ENOLCK}
+)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def fsync(target: int | Path) -> None:
+    """Have an open file, or the file or folder at a path, on the disk, where the file system can promise that.
 
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; on success it is synced and renamed, else removed."""
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=final.suffix, dir=final.parent)
-    os.close(descriptor)
-    aside = Path(name)
-    try:
-        yield aside
-        aside.chmod(0o644)
-        _fsync(aside)
-        os.replace(aside, final)
-        _fsync(final.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a directory beside ``path`` to fill; on success it is synced and renamed, else removed.
-
-    A directory that stands at ``path`` already is replaced: both names are exchanged at once, so that a process killed
-    at any moment leaves the old one or the new one under ``path``. What killed processes left beside it is removed.
+    Raises:
+        OSError: the disk is full or broken.
     """
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    _repair(final)
-    remove_abandoned(final.parent, final.name)
-    aside, owner = _owned_directory(final)
     try:
-        yield aside
-        aside.chmod(0o755)
-        for item in aside.rglob("*"):
-            _fsync(item)
-        _fsync(aside)
-        if not final.exists():
-            os.replace(aside, final)
-        elif not _exchange(aside, final):
-            os.replace(final, _former(final))
-            os.replace(aside, final)
-            _repair(final)
-        _fsync(final.parent)
+        descriptor = target if isinstance(target, int) else os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            if not isinstance(target, int):
+                os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+@contextlib.contextmanager
+def hidden_folder(final: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``final`` that this process owns; it is removed with the block.
+
+    What killed processes left in the same place is removed first.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(final.parent)
+    lock = None
+    while lock is None:
+        folder = final.parent / f".{final.name}.{secrets.token_hex(4)}{_SUFFIX}"
+        folder.mkdir()
+        lock = _own(folder)
+    try:
+        yield folder
     finally:
-        # After an exchange this is the replaced one.
-        shutil.rmtree(aside, ignore_errors=True)
-        os.close(owner)
+        _clear(folder)
+        os.close(lock)
 
 
-def remove_abandoned(folder: Path, name: str) -> None:
-    """Remove the directories that killed processes were filling for ``name``, which may be a pattern, in ``folder``."""
-    for aside in folder.glob(f".{name}.*"):
-        if not aside.is_dir() or aside.name.endswith(_FORMER):
-            continue
+def _own(folder: Path) -> int | None:
+    """Lock a new hidden folder; returns the lock's descriptor, None if a sweep took the folder for a leftover."""
+    path = folder / _LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        return None
+    locked = _lock(descriptor)
+    if locked is None:
+        os.replace(path, folder / _NO_LOCK)  # a sweep cannot tell whether this process lives: it must not judge
+    elif not locked or not path.exists():
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file without waiting; False if another process holds it, None where there are no locks."""
+    if sys.platform == "win32":  # what a killed process leaves stays there
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def remove_abandoned(folder: str | os.PathLike[str], name: str = "*") -> None:
+    """Remove what killed processes left half-written in ``folder``; a replacement that was cut off is undone.
+
+    Args:
+        folder: where to look.
+        name: of the files or directories that they were writing, which may be a pattern.
+
+    What a living process writes stays, and so does a leftover of another user that this one may not remove.
+    """
+    for aside in Path(folder).glob(f".{name}.*{_SUFFIX}"):
         with contextlib.suppress(OSError):
-            descriptor = os.open(aside, os.O_RDONLY)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(aside, ignore_errors=True)
+                descriptor = os.open(aside / _LOCK, os.O_RDWR)
+            except FileNotFoundError:
+                aside.rmdir()  # if it is empty: its owner ended before it made the lock, or makes another folder
+                continue
+            try:
+                if _lock(descriptor):
+                    _clear(aside)
             finally:
                 os.close(descriptor)
 
 
-def _owned_directory(final: Path) -> tuple[Path, int]:
-    """A new directory beside ``final``, and a descriptor whose lock says that a living process fills it."""
-    while True:
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        with contextlib.suppress(OSError):
-            descriptor = os.open(aside, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if aside.exists():
-                return aside, descriptor
-            # Another process took it for abandoned before it was locked.
-            os.close(descriptor)
+def _clear(aside: Path) -> None:
+    """Remove a hidden folder; its lock goes last, so that a later sweep finds whatever could not be removed now."""
+    with contextlib.suppress(OSError):
+        _put_back(aside)
+        for item in aside.iterdir():
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item, ignore_errors=True)
+            elif item.name != _LOCK:
+                item.unlink()
+        if {item.name for item in aside.iterdir()} <= {_LOCK}:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(aside: Path) -> None:
+    """Undo a replacement that was cut off after the former folder had left its place."""
+    former = aside / _FORMER
+    for item in former.iterdir() if former.is_dir() else ():
+        if not (aside.parent / item.name).exists():
+            os.replace(item, aside.parent / item.name)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path to write to; on success it is synced and takes the name ``path``, else it is removed.
+
+    The file's mode is what the umask leaves; a file that was made executable stays executable.
+    """
+    final = Path(path)
+    with hidden_folder(final) as folder:
+        aside = folder / final.name
+        aside.touch()
+        mode = aside.stat().st_mode
+        yield aside
+        _set_mode(aside, mode | (mode & 0o444) >> 2)
+        fsync(aside)
+        os.replace(aside, final)
+        fsync(final.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a directory to fill; on success it is synced and takes the name ``path``, else it is removed.
+
+    A directory that stands at ``path`` already is replaced: both names are exchanged at once, so that a process killed
+    at any moment leaves the old one or the new one under ``path``. All modes in it are what the umask leaves, also
+    those of copied files.
+    """
+    final = Path(path)
+    with hidden_folder(final) as folder:
+        aside = folder / final.name
+        aside.mkdir()
+        mode = aside.stat().st_mode
+        yield aside
+        for item in aside.rglob("*"):
+            if not item.is_symlink():
+                _set_mode(item, mode)
+                fsync(item)
+        fsync(aside)
+        if not final.exists():
+            os.replace(aside, final)
+        elif not _exchange(aside, final):
+            _move_out(final, folder)
+            os.replace(aside, final)
+        fsync(final.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -115,23 +198,50 @@ def _exchange(one: Path, other: Path) -> bool:
     if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+    # A layered file system does not rename a folder that came with a container's image.
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
         return False
     raise OSError(number, os.strerror(number), str(other))
 
 
-def _former(final: Path) -> Path:
-    """Where a directory waits while another takes its place, on a file system that cannot exchange names."""
-    return final.with_name(f".{final.name}{_FORMER}")
+def _set_mode(path: Path, allowed: int) -> None:
+    """Give a file or folder the permissions in ``allowed``; files are executable only if they were."""
+    mode = path.stat().st_mode
+    wanted = (mode & ~0o777) | (allowed & 0o777)
+    if path.is_file() and not mode & 0o100:
+        wanted &= ~0o111
+    if wanted != mode:
+        with contextlib.suppress(OSError):  # a share may fix the modes of its files
+            path.chmod(wanted & 0o7777)
 
 
-def _repair(final: Path) -> None:
-    """End a replacement that a kill broke off: bring the former directory back, or remove it where it was replaced."""
-    former = _former(final)
-    if former.exists() and not final.exists():
-        os.replace(former, final)
-    elif former.exists():
-        shutil.rmtree(former)
+def _move_out(path: Path, folder: Path) -> None:
+    """Move a directory into a hidden folder, from which an interrupted replacement is undone."""
+    former = folder / _FORMER
+    former.mkdir()
+    try:
+        os.replace(path, former / path.name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(path, former / path.name, symlinks=True)
+        shutil.rmtree(path)
+
+
+def remove_directory(path: str | os.PathLike[str]) -> None:
+    """Remove a directory at once for whoever looks at its name, and then its files.
+
+    Raises:
+        OSError: it cannot be removed, and stays as it was.
+    """
+    final = Path(path)
+    with hidden_folder(final) as folder:
+        try:
+            os.replace(final, folder / final.name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.rmtree(final)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -48,5 +48,5 @@ def write_script(folder: Path, model: str, tile_sizes: Sequence[int]) -> Path:
     )
     with atomic_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
-    path.chmod(0o755)
+        aside.chmod(0o700)
     return path

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Callable
 
 import unet
 from serve.models.config import (
@@ -20,13 +20,14 @@ from serve.models.config import (
     engine_file,
     model_config,
 )
-from unet.card import CARD_FILE, Card, CardError
+from unet.card import CARD_FILE, Card
 from unet.errors import UnetError
-from unet.files import atomic_directory, atomic_file, sha256_of
+from unet.files import atomic_directory, atomic_file, remove_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+LOGGER = logging.getLogger(__name__)
 BACKEND_CODE = Path(__file__).resolve().parent / "python_backend" / BACKEND_CODE_FILE
 # What that imports of the project; a version carries it, so that it needs no project where it is served.
 BACKEND_MODULES = (
@@ -57,7 +58,7 @@ def publish(
     """Make artefacts the next version of the model.
 
     A version appears whole, and none is ever overwritten; the configuration is replaced after the version is there.
-    Each version keeps the configuration that it was published with. The server goes on serving the version before.
+    Each version keeps the configuration that it was published with.
 
     Args:
         artefacts: folder that the exporter wrote, or that of a published version.
@@ -166,7 +167,7 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
     former = config.read_bytes() if config.exists() else None
     with atomic_directory(path) as aside:
         fill(aside)
-    _replace(config, _served_config(folder, version, keep).encode())
+    _replace(config, (path / CONFIG_FILE).read_bytes())
     if load is not None:
         try:
             load(folder.name, version)
@@ -176,47 +177,11 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
                 raise
             raise RepositoryError(f"version {version} of {folder.name} was taken back: {error}") from error
     for old in versions_in(folder)[:-keep]:
-        _remove(folder / str(old))
+        try:
+            remove_directory(folder / str(old))
+        except OSError as error:  # the new version is live, and that counts
+            LOGGER.warning("the former version %s stays: %s", folder / str(old), error.strerror)
     return PublishedVersion(path, version)
-
-
-def _served_config(folder: Path, version: int, keep: int) -> str:
-    """A version's configuration, completed for the version before it, which is served on.
-
-    So a client that began with that one finishes with it. The configuration names the card and the tile sizes of each,
-    since Triton gives one for both. A former version that it cannot load is not served.
-    """
-    from google.protobuf import text_format
-
-    config = _parse(folder / str(version) / CONFIG_FILE)
-    others = [other for other in versions_in(folder) if other < version]
-    served = [version]
-    if keep > 1 and others and _loads_alike(folder / str(others[-1]), config):
-        served.append(others[-1])
-    config.version_policy.latest.num_versions = len(served)
-    for number in served:
-        card = folder / str(number) / CARD_FILE
-        config.parameters[f"card_sha256_{number}"].string_value = sha256_of(card)
-        sizes = ",".join(str(size) for size in Card.load(card.parent).tile_sizes)
-        config.parameters[f"tile_sizes_{number}"].string_value = sizes
-    return str(text_format.MessageToString(config))
-
-
-def _loads_alike(version: Path, config: Any) -> bool:
-    """Whether a version is intact, and was published for the backend and the file that a configuration names."""
-    try:
-        former = _parse(version / CONFIG_FILE)
-        _verify(version)
-    except (OSError, CardError):
-        return False
-    return (former.backend, former.default_model_filename) == (config.backend, config.default_model_filename)
-
-
-def _parse(path: Path) -> Any:
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
-    return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
 
 
 def _take_back(path: Path, former: bytes | None) -> None:
@@ -225,19 +190,12 @@ def _take_back(path: Path, former: bytes | None) -> None:
         config.unlink()
     else:
         _replace(config, former)
-    _remove(path)
+    remove_directory(path)
 
 
 def _replace(config: Path, content: bytes) -> None:
     with atomic_file(config) as aside:
         aside.write_bytes(content)
-
-
-def _remove(version: Path) -> None:
-    """Remove a version at once for whoever looks at its name, and then its files."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{version.name}.old.", dir=version.parent))
-    os.replace(version, aside / version.name)
-    shutil.rmtree(aside)
 
 
 @contextlib.contextmanager

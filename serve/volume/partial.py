@@ -53,7 +53,7 @@ class RawStore:
     def __init__(self, path: Path, height: int, width: int, dtype: np.dtype[Any]) -> None:
         self._height, self._width, self._dtype = height, width, dtype
         self._row_bytes = width * dtype.itemsize
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
         """Write rows from ``row0`` on of slice ``page``."""
@@ -104,7 +104,7 @@ class Partial:
                 self._load(journal, resume)
             else:
                 self._clear()
-            self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except BaseException:
             os.close(self._lock)
             raise

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,6 @@ from serve.server.settings import ServerSettings, read_admin_key
 from serve.server.state import load_state
 from tests.serve.conftest import TILE_SIZES, cropping_model
 from unet.card import Card, CardError, Engine
-from unet.files import sha256_of
 from unet.processes import free_ports
 
 
@@ -293,31 +294,55 @@ def test_old_versions_are_removed(tiny_artefacts: Path, tmp_path: Path) -> None:
         publish(tiny_artefacts, tmp_path, ModelSettings(), keep=0)
 
 
+def test_the_umask_counts_for_all_that_is_published(tiny_artefacts: Path, tmp_path: Path) -> None:
+    for umask, file, folder in ((0o077, 0o600, 0o700), (0o002, 0o664, 0o775)):
+        former = os.umask(umask)
+        try:
+            published = publish(tiny_artefacts, tmp_path / oct(umask), ModelSettings())
+        finally:
+            os.umask(former)
+        for path in (published.path, *published.path.rglob("*"), published.path.parent / "config.pbtxt"):
+            assert path.stat().st_mode & 0o777 == (folder if path.is_dir() else file), path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_another_user_owns_is_left_and_does_not_undo_a_publication(
+    tiny_artefacts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two users share a repository, and the second may not remove the first one's version."""
+    with tempfile.TemporaryDirectory() as name:
+        repository, artefacts = Path(name) / "models", Path(name) / "artefacts"
+        publish(tiny_artefacts, repository, ModelSettings())
+        shutil.copytree(tiny_artefacts, artefacts)
+        for path in (Path(name), artefacts, repository / "unet"):
+            path.chmod(0o777)
+        os.seteuid(65534)
+        try:
+            second = publish(artefacts, repository, ModelSettings(), keep=1)
+        finally:
+            os.seteuid(0)
+        assert second.version == 2
+        assert sorted(path.name for path in (repository / "unet").iterdir()) == ["1", "2", "config.pbtxt"]
+        assert "1 stays: Permission denied" in caplog.text
+
+
 def test_rollback_brings_the_former_network_and_its_settings_back(
     tiny_artefacts: Path, other_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
-    def present() -> tuple[str, bytes]:
-        """The batch size that the model's configuration names, and the newest version's own configuration."""
-        text = (tmp_path / "unet" / "config.pbtxt").read_text(encoding="utf-8")
-        newest = tmp_path / "unet" / str(versions_in(tmp_path / "unet")[-1])
-        assert sha256_of(newest / "card.json") in text
-        return text[text.index("max_batch_size") :].splitlines()[0], (newest / "config.pbtxt").read_bytes()
-
+    config = tmp_path / "unet" / "config.pbtxt"
     publish(tiny_artefacts, tmp_path, ModelSettings(max_batch_size=3))
     with pytest.raises(RepositoryError, match="no version that differs from the present one"):
         rollback(tmp_path)
     publish(tiny_artefacts, tmp_path, ModelSettings(max_batch_size=3))
-    first = present()
+    first = config.read_bytes()
     publish(other_artefacts, tmp_path, ModelSettings(max_batch_size=5))
-    second = present()
-    assert (first[0], second[0]) == ("max_batch_size: 3", "max_batch_size: 5")
+    second = config.read_bytes()
     assert main(["--rollback", "--model_repository", str(tmp_path)]) == 0
     assert f"{tmp_path / 'unet' / '4'}: version 4 of unet" in capsys.readouterr().out
-    assert present() == first
+    assert config.read_bytes() == first
     # Again is to and fro; a version can be named.
-    assert (rollback(tmp_path).version, present()) == (5, second)
-    assert (rollback(tmp_path, version=1).version, present()) == (6, first)
+    assert (rollback(tmp_path).version, config.read_bytes()) == (5, second)
+    assert (rollback(tmp_path, version=1).version, config.read_bytes()) == (6, first)
     for name, version, words in (("unet", 99, "is no version to go back to; there are 2, 3"), ("vnet", 1, "not exist")):
         with pytest.raises(RepositoryError, match=words):
             rollback(tmp_path, name, version)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from unet.files import fsync
 from unet.volume.limits import StackError
 from unet.volume.metadata import StackMetadata, describe
 from unet.volume.tiff.checks import CLASSIC_TIFF_BYTES
@@ -87,7 +88,7 @@ class StackCanvas:
 
     def close(self) -> None:
         """Have the file's bytes on the disk and close it."""
-        os.fsync(self._descriptor)
+        fsync(self._descriptor)
         os.close(self._descriptor)
 
     def __enter__(self) -> StackCanvas:
