@@ -1,18 +1,20 @@
 """Image volumes in and out: stacks of equal grey slices, read and written without holding them in memory."""
 
 from unet.volume.labels import MASKS, NOT_ANNOTATED, LabelOptions, add_label_flags, label_options, read_labels
-from unet.volume.limits import Limits, StackError
+from unet.volume.limits import IMAGE_LIMITS, LABEL_LIMITS, PROBABILITY_LIMITS, Limits, StackError
 from unet.volume.metadata import StackMetadata
 from unet.volume.ome_zarr import ZarrCanvas, ZarrStack
-from unet.volume.opening import BLOCK_PX, Volume, blocks, open_volume
+from unet.volume.opening import open_volume
 from unet.volume.pairs import load_pair, read_images
 from unet.volume.tiff.canvas import StackCanvas
-from unet.volume.tiff.reader import IMAGE_LIMITS, PROBABILITY_LIMITS, StackReader
+from unet.volume.tiff.reader import StackReader
 from unet.volume.tiff.writer import StackWriter
+from unet.volume.volume import BLOCK_PX, Volume
 
 __all__ = [
     "BLOCK_PX",
     "IMAGE_LIMITS",
+    "LABEL_LIMITS",
     "MASKS",
     "NOT_ANNOTATED",
     "PROBABILITY_LIMITS",
@@ -27,7 +29,6 @@ __all__ = [
     "ZarrCanvas",
     "ZarrStack",
     "add_label_flags",
-    "blocks",
     "label_options",
     "load_pair",
     "open_volume",

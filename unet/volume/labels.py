@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from unet.volume.limits import Limits, StackError
-from unet.volume.tiff.reader import StackReader
+from unet.volume.limits import LABEL_LIMITS, StackError
+from unet.volume.opening import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MEMBRANE, NOT_MEMBRANE, NOT_ANNOTATED = 0, 1, 255
-LABEL_LIMITS = Limits(
-    dtypes=("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
-)
 # Membrane is the minority in any tissue.
 _MOST_MEMBRANE = 0.5
 _NAMED_VALUES = 4
@@ -80,7 +77,7 @@ def read_labels(path: str | os.PathLike[str], options: LabelOptions = MASKS) -> 
     Raises:
         StackError: if the file cannot be read, has more values than a mask, or an implausible share of membrane.
     """
-    with StackReader(path, LABEL_LIMITS) as reader:
+    with open_volume(path, LABEL_LIMITS) as reader:
         labels = np.empty((reader.pages, reader.height, reader.width), np.uint8)
         values: set[int] = set() if options.membrane_value is None else {options.membrane_value}
         for index, page in enumerate(reader):

@@ -24,3 +24,8 @@ class Limits:
     max_pages: int = 100_000
     max_pixels_per_page: int = 2**30
     dtypes: tuple[str, ...] = ("uint8", "uint16")
+
+
+IMAGE_LIMITS = Limits()
+PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"))
+LABEL_LIMITS = Limits(dtypes=("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"))

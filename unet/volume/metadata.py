@@ -51,6 +51,13 @@ class StackMetadata:
         """The number of pages that the axes count through; 0 if they are not known."""
         return math.prod(self.lengths) if self.lengths else 0
 
+    def channel_of(self, page: int) -> int:
+        """Which channel a page shows, from 0 on; 0 where the axes name none."""
+        if "C" not in self.axes:
+            return 0
+        place = self.axes.index("C")
+        return page // math.prod(self.lengths[place + 1 :]) % self.lengths[place]
+
 
 class Described(Protocol):
     """An open volume, as far as a file that is written like it needs to know it."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from unet.volume.limits import Limits, StackError
 from unet.volume.metadata import StackMetadata
+from unet.volume.volume import Volume
 
 _CHUNK_COLUMNS = 4096
 
@@ -21,7 +22,7 @@ def is_zarr(path: Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in (".zattrs", ".zgroup", ".zarray", "zarr.json"))
 
 
-class ZarrStack:
+class ZarrStack(Volume):
     """An OME-Zarr volume as a sequence of grey slices, read by blocks of rows.
 
     Attributes:
@@ -81,9 +82,6 @@ class ZarrStack:
         letters = "".join(axis.upper() for axis in axes[:-2]) or "Z"
         return StackMetadata("ome", axes=letters, lengths=self.leading or (1,), extra=sizes)
 
-    def __len__(self) -> int:
-        return self.pages
-
     def rows(self, index: int, row0: int, row1: int) -> npt.NDArray[Any]:
         """Rows ``row0`` to ``row1`` of slice ``index``.
 
@@ -91,8 +89,7 @@ class ZarrStack:
             IndexError: if there is no such slice.
             StackError: if a chunk cannot be read.
         """
-        if not 0 <= index < self.pages:
-            raise IndexError(f"{self.path} has {self.pages} slices; there is no slice {index}")
+        self.check_page(index)
         try:
             rows = self._array[_block(self.leading, index, row0, row1)]
         except Exception as error:  # each codec fails in its own way
@@ -123,12 +120,6 @@ class ZarrStack:
 
     def close(self) -> None:
         """Nothing is held open."""
-
-    def __enter__(self) -> ZarrStack:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 _UNITS = {"nanometer": "nm", "micrometer": "µm", "millimeter": "mm", "angstrom": "Å", "meter": "m"}

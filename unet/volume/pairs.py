@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unet.volume.labels import LABEL_LIMITS, MASKS, LabelOptions, read_labels
-from unet.volume.limits import StackError
-from unet.volume.tiff.reader import StackReader
+from unet.volume.labels import MASKS, LabelOptions, read_labels
+from unet.volume.limits import LABEL_LIMITS, StackError
+from unet.volume.opening import open_volume
 
 AnyArray = npt.NDArray[Any]
 
@@ -21,9 +21,9 @@ def read_images(path: str | os.PathLike[str]) -> AnyArray:
     Raises:
         StackError: if the file cannot be read.
     """
-    with StackReader(path) as reader:
-        images = np.empty((reader.pages, reader.height, reader.width), reader.dtype)
-        for index, page in enumerate(reader):
+    with open_volume(path) as volume:
+        images = np.empty((volume.pages, volume.height, volume.width), volume.dtype)
+        for index, page in enumerate(volume):
             images[index] = page
     return images
 
@@ -36,7 +36,7 @@ def load_pair(
     Raises:
         StackError: if either cannot be read, or they do not fit each other.
     """
-    with StackReader(images_path) as images, StackReader(labels_path, LABEL_LIMITS) as labels:
+    with open_volume(images_path) as images, open_volume(labels_path, LABEL_LIMITS) as labels:
         if len(images) != len(labels):
             raise StackError(
                 f"{images_path} has {len(images)} slices but {labels_path} has {len(labels)}: each slice needs a label"

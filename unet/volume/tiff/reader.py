@@ -9,28 +9,23 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from unet.volume.limits import Limits, StackError
+from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
 from unet.volume.metadata import read_metadata
 from unet.volume.tiff.checks import DAMAGE, check_page, damaged, declared_pages, open_tiff
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from unet.volume.volume import Volume
 
 AnyArray = npt.NDArray[Any]
 
 # Its warnings about damaged files say in several lines what the checks here say in one sentence.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-IMAGE_LIMITS = Limits()
-PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"))
 
-
-class StackReader:
+class StackReader(Volume):
     """An open stack of equal grey slices; a context manager and a sequence of arrays [height, width].
 
     All pixels come through the one descriptor that was opened first, so that a file that replaces this one under the
@@ -99,9 +94,6 @@ class StackReader:
     def _page_bytes(self) -> int:
         return self.height * self.width * self.dtype.itemsize
 
-    def __len__(self) -> int:
-        return self.pages
-
     def __getitem__(self, index: int) -> AnyArray:
         """Slice ``index``, [height, width], counted from 0.
 
@@ -109,8 +101,7 @@ class StackReader:
             IndexError: if there is no such slice.
             StackError: if its pixels cannot be decoded, or hold a value that is not a finite number.
         """
-        if not 0 <= index < self.pages:
-            raise IndexError(f"{self.path} has {self.pages} pages; there is no page {index}")
+        self.check_page(index)
         try:
             page = np.ascontiguousarray(self._decode(index), dtype=self.dtype)
         except Exception as error:  # each codec fails in its own way
@@ -131,7 +122,8 @@ class StackReader:
             IndexError: if there is no such slice.
             StackError: if its pixels cannot be decoded.
         """
-        offset = self._plain_offset(index) if 0 <= index < self.pages else None
+        self.check_page(index)
+        offset = self._plain_offset(index)
         if offset is None:
             if self._decoded is None or self._decoded[0] != index:
                 self._decoded = None  # before the next one takes its memory
@@ -187,15 +179,6 @@ class StackReader:
         except FileNotFoundError:
             return False
         return (named.st_dev, named.st_ino) != (self._opened.st_dev, self._opened.st_ino)
-
-    def __iter__(self) -> Iterator[AnyArray]:
-        return (self[index] for index in range(self.pages))
-
-    def __enter__(self) -> StackReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file."""

@@ -1,0 +1,88 @@
+"""What every volume can do, whatever its format: the one protocol that trainer, client, scores and report ask."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from unet.volume.metadata import StackMetadata
+
+# Of pixels that are read at once where nothing else bounds it.
+BLOCK_PX = 2**22
+
+
+class Volume(ABC):
+    """An open volume as a sequence of equal grey slices, read by blocks of rows; a context manager.
+
+    Attributes:
+        path: the file or folder.
+        pages: number of slices; time points, channels and depths are counted through, the last fastest.
+        height: rows of each.
+        width: columns of each.
+        dtype: of the pixels, in the machine's own byte order.
+        metadata: pixel size and axes, which a file written of this volume keeps.
+    """
+
+    path: Path
+    pages: int
+    height: int
+    width: int
+    dtype: np.dtype[Any]
+    metadata: StackMetadata
+
+    @abstractmethod
+    def rows(self, page: int, row0: int, row1: int) -> npt.NDArray[Any]:
+        """Rows ``row0`` to ``row1`` of slice ``page``, [R, width].
+
+        Raises:
+            IndexError: if there is no such slice.
+            StackError: if its pixels cannot be decoded.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells whether the volume is still the same, for JSON."""
+
+    @abstractmethod
+    def changed(self) -> bool:
+        """Whether it was written to or replaced since it was opened."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close what is open."""
+
+    def channel_of(self, page: int) -> int:
+        """Which channel slice ``page`` shows, from 0 on."""
+        return self.metadata.channel_of(page)
+
+    def check_page(self, page: int) -> None:
+        """Refuse a slice that is not there.
+
+        Raises:
+            IndexError: saying so.
+        """
+        if not 0 <= page < self.pages:
+            raise IndexError(f"{self.path} has {self.pages} pages; there is no page {page}")
+
+    def __len__(self) -> int:
+        return self.pages
+
+    def __getitem__(self, page: int) -> npt.NDArray[Any]:
+        """Slice ``page``, [height, width], counted from 0; errors as those of ``rows``."""
+        return self.rows(page, 0, self.height)
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        return (self[page] for page in range(self.pages))
+
+    def __enter__(self) -> Volume:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
