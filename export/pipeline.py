@@ -29,6 +29,7 @@ from unet.engine.cpu import CpuEngine, EngineChoice, load_engine
 from unet.errors import UnetError
 from unet.files import atomic_directory
 from unet.geometry import output_size
+from unet.intensity import WindowChoice, parse_window
 from unet.names import HALF_FILE, INPUT, INT8_FILE, ONNX_FILE, SAVED_MODEL
 from unet.processes import child
 from unet.volume import LabelOptions
@@ -96,17 +97,20 @@ class Exporter:
         self.expected: dict[str, list[NDArray[Any]]] = {}
         self._judge: Judge | None = None
         self._changes: list[dict[str, Any]] = []
+        self._window: WindowChoice = None
         self._started = time.monotonic()
 
     def run(self) -> None:
         """Every step, each of which raises where it is not its parent within the tolerance."""
         run_config = _read_run_config(self.config.model_dir)
         self.card.tile_sizes = self.config.tile_sizes
-        held_out = run_config.get("held_out", {})
-        tiles = gather_tiles(self.config.data_dir, self.config.tile_sizes, held_out)
+        held_out, settings = run_config.get("held_out", {}), run_config.get("settings", {})
+        self._window = parse_window(str(settings.get("window", "")).split())
+        tiles = gather_tiles(self.config.data_dir, self.config.tile_sizes, held_out, self._window)
         self._say(f"measuring on {tiles.count} tiles: {tiles.source}")
-        label_options = LabelOptions.of(run_config.get("settings", {}))
-        scored = gather_scored(self.config.data_dir, self.config.tile_sizes, held_out, label_options)
+        scored = gather_scored(
+            self.config.data_dir, self.config.tile_sizes, held_out, LabelOptions.of(settings), self._window
+        )
         saved_model = self._copy_saved_model(run_config)
         reference = self._run_saved_model(saved_model, [*tiles.batches, *(scored.tiles() if scored else [])])
         self.expected[SAVED_MODEL_NAME] = reference.probability[: len(tiles.batches)]
@@ -190,7 +194,7 @@ class Exporter:
             )
         held_out = self.card.artefacts["saved_model"].facts["held_out"]
         path = self.folder / INT8_FILE
-        calibration = training_tiles(self.config.data_dir, self.config.tile_sizes[0], held_out)
+        calibration = training_tiles(self.config.data_dir, self.config.tile_sizes[0], held_out, self._window)
         quantise(single, calibration, path)
         self.card.record(
             "int8",

@@ -17,6 +17,7 @@ from serve.segment.slots import SHARED_MEMORY
 from serve.volume.outputs import KINDS, LABEL_DTYPES
 from serve.volume.run import Filler, Request, Summary, segment_volume
 from unet.errors import command, say
+from unet.intensity import parse_window
 from unet.volume import open_volume
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     how = parser.add_argument_group("how it is computed")
     how.add_argument(
-        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="intensities that become 0 and 255 (default for 16-bit: the stack's 0.1 and 99.9 percentiles)",
+        "--window", nargs="+", metavar="LOW HIGH",
+        help="intensities that become 0 and 255; `stack` or `slice`: the 0.1 and 99.9 percentiles of the stack, each "
+        "channel for itself, or of each slice (default: 8-bit as it is, others as `stack`)",
     )  # fmt: skip
     how.add_argument("--tta", action="store_true", help="mean of eight turned and mirrored views; eight times as long")
     how.add_argument("--batch_size", type=int, default=1, help="tiles of a slice in one request (default: %(default)s)")
@@ -119,7 +121,7 @@ def _request(chosen: Any) -> Request:
         folder=chosen.output_dir,
         threshold=chosen.threshold,
         label_dtype=chosen.label_dtype,
-        window=tuple(chosen.window) if chosen.window else None,
+        window=parse_window(chosen.window),
         picture_slice=chosen.overlay_slice if drawn else None,
         resume=chosen.resume,
         overwrite=chosen.overwrite,
@@ -221,7 +223,7 @@ def _report(summary: Summary, chosen: Any) -> None:
     if chosen.json:
         say(json.dumps({**asdict(summary), "slices_per_s": summary.slices_per_s}))
     elif not chosen.quiet:
-        window = "" if summary.window is None else f", intensities {summary.window[0]:g} to {summary.window[1]:g}"
+        window = "" if summary.window is None else f", intensities {summary.intensities}"
         recalled = f", {summary.recalled} of {summary.bands} parts from before" if summary.recalled else ""
         say(
             f"{', '.join(summary.outputs.values())}: {summary.slices} slices of {summary.height} x {summary.width}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from unet.errors import UnetError
 from unet.geometry import CONTEXT, is_valid_size, valid_size_for
+from unet.intensity import WindowChoice, parse_window
 from unet.volume import LabelOptions
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class TrainConfig:
     loss: str = _flag("cross_entropy", "what is minimised", choices=LOSSES)
     membrane_weight: float = _flag(1.0, "cost of an error on a membrane pixel; other pixels cost 1")
     border_weight: float = _flag(0.0, "extra cost of membrane between two close cells (the paper's w0 is 10)")
+    window: str = _flag(
+        "", "intensities that become 0 and 255, as `stack`, `slice` or 'LOW HIGH'; as for serve/client.py"
+    )
     membrane_value: int = _flag(-1, "the labels' value of membrane; -1 takes 0, if its share is plausible")
     membrane_width: int = _flag(
         0, "the labels are ids of cells; membrane is where neighbours differ, so many pixels wide; 0: they are masks"
@@ -113,6 +117,11 @@ class TrainConfig:
                 f"a multiple of {ranks}, or another number of ranks"
             )
         return dataclasses.replace(self, batch_size=self.global_batch_size // ranks)
+
+    @property
+    def window_choice(self) -> WindowChoice:
+        """How the intensities become 8 bits."""
+        return parse_window(self.window.split())
 
     @property
     def label_options(self) -> LabelOptions:

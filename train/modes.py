@@ -29,7 +29,7 @@ from train.throughput import measure
 from unet import __version__
 from unet.errors import say
 from unet.files import write_json
-from unet.intensity import to_uint8, window_of
+from unet.intensity import find_windows
 from unet.scores import score_stack
 from unet.volume import StackReader, StackWriter
 
@@ -133,7 +133,7 @@ def _split(config: TrainConfig) -> tuple[list[Slice], list[Slice]]:
     for pair in find_pairs(config.data_dir):
         slices = [
             Slice(name, image, label, np.ones(label.shape, np.float32))
-            for name, image, label in load_slices([pair], config.label_options)
+            for name, image, label in load_slices([pair], config.label_options, config.window_choice)
         ]
         fold = fold_of(len(slices), config.crossvalidation_idx) if config.crossvalidation_idx >= 0 else range(0)
         for index, item in enumerate(slices):
@@ -183,10 +183,10 @@ def _predict(config: TrainConfig, log: RunLog) -> None:
     source = Path(config.data_dir) / TEST_IMAGES
     target = Path(config.model_dir) / "eval" / "test-probability.tif"
     with StackReader(source) as reader:
-        window = None if reader.dtype == np.uint8 else window_of(reader)
+        windows = find_windows(reader, config.window_choice)
         with StackWriter(target, reader, np.dtype(np.float32)) as writer:
-            for page in tqdm(reader, total=len(reader), unit="slice", disable=None):
-                writer.append(predict(to_uint8(page, window)))
+            for page in tqdm(range(len(reader)), unit="slice", disable=None):
+                writer.append(predict(windows.apply(page, reader[page])))
     log.event("SUMMARY", f"probabilities of {source}: {target}", predicted=str(target))
 
 

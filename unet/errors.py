@@ -132,6 +132,11 @@ def _describe(error: OSError) -> str:
     return f"cannot use{name}: {error.strerror}"
 
 
+def warn(text: str) -> None:
+    """Tell a user of something that does not stop the command: one line on standard error."""
+    _complain(f"warning: {text}")
+
+
 def say(text: str) -> None:
     """Write one line of a command's own output to standard output, at once."""
     sys.stdout.write(f"{text}\n")

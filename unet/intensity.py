@@ -12,6 +12,18 @@ import numpy.typing as npt
 
 from unet.percentiles import IntensityError, Measured, Window, check_dtype, measure
 
+__all__ = [
+    "SLICE",
+    "STACK",
+    "IntensityError",
+    "Window",
+    "WindowChoice",
+    "Windows",
+    "find_windows",
+    "normalise",
+    "to_uint8",
+]
+
 # A window, or whose percentiles make it; None: uint8 stays as it is, another volume has its own.
 WindowChoice = Optional[Union[Window, str]]
 
@@ -64,9 +76,11 @@ def to_uint8(image: npt.NDArray[Any], window: Window | None = None) -> npt.NDArr
     low, high = window
     check_window(window)
     # Beyond 16 bits the difference is what float32 can hold, not the values.
-    exact = np.float32 if image.dtype.itemsize <= 2 else np.float64
+    exact = np.dtype(np.float32 if image.dtype.itemsize <= 2 else np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        scaled = ((image.astype(exact) - exact(low)) * exact(255 / (high - low))).astype(np.float32)
+        scaled = ((image.astype(exact) - np.asarray(low, exact)) * np.asarray(255 / (high - low), exact)).astype(
+            np.float32
+        )
     if image.dtype.kind == "f":
         scaled[np.isnan(scaled)] = 0
     result: npt.NDArray[np.uint8] = np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)

@@ -21,6 +21,10 @@ _BULK = (1.0, 99.0)
 _BLOCK_PX = 2**22
 # With fewer values than this there are no fill values to tell from the others.
 _LEAST_VALUES = 32
+# Values are counted apart up to so many, in so many blocks of more than 16 bits.
+_MOST_VALUES, _BLOCKS_OF_VALUES = 4096, 8
+# A plateau has more than so many times the pixels of the mean value.
+_PLATEAU = 2
 
 
 class IntensityError(UnetError):
@@ -55,7 +59,8 @@ class _Counts:
         self.not_finite = 0
         self.ends: dict[int, int] = {}  # pixels of the smallest and largest key that came, and of the type's own
         self.smallest, self.largest = 2**32, -1
-        self.few: set[int] = set()  # keys, until there are many
+        self.values: set[int] = set()  # keys, until there are many
+        self._blocks = 0
 
     def add(self, keys: npt.NDArray[Any], dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
@@ -65,8 +70,9 @@ class _Counts:
         self.upper += np.bincount(keys >> 16 if wide else keys, minlength=self.upper.size)
         if not wide:
             return
-        if len(self.few) <= _LEAST_VALUES + 2:
-            self.few.update(np.unique(keys).tolist())
+        if self._blocks < _BLOCKS_OF_VALUES and len(self.values) < _MOST_VALUES:
+            self.values.update(np.unique(keys)[:_MOST_VALUES].tolist())
+        self._blocks += 1
         smallest, largest = (min(self.smallest, int(keys.min())), max(self.largest, int(keys.max())))
         self.smallest, self.largest = smallest, largest
         wanted = {smallest, largest} | _limits(dtype)
@@ -82,7 +88,7 @@ class _Counts:
         if self.dtype is None or self.dtype.itemsize > 2 or self.pixels == 0:
             return
         present = np.flatnonzero(self.upper)
-        self.few = set(present[: _LEAST_VALUES + 3].tolist())
+        self.values = set(present[:_MOST_VALUES].tolist())
         wanted = {int(present[0]), int(present[-1])} | _limits(self.dtype)
         self.ends = {key: int(self.upper[key]) for key in wanted}
 
@@ -91,7 +97,7 @@ def measure(stack: Iterable[npt.NDArray[Any]]) -> Measured:
     """The intensities at the 0.1 and 99.9 percentiles of a stack, without its fill values and saturated pixels.
 
     Left out are not-a-number, the infinities, an integer type's smallest and largest value, and the stack's smallest
-    and largest where so many pixels have exactly that value that the percentile would be that value.
+    and largest where that is a plateau: more than 0.1 % of the pixels, and more than twice those of the mean value.
 
     Args:
         stack: blocks of pixels, all of one of `DTYPES`; with more than 16 bits they are taken twice.
@@ -128,15 +134,16 @@ def measure(stack: Iterable[npt.NDArray[Any]]) -> Measured:
 def _left_out(counts: _Counts) -> dict[int, int]:
     """The keys that are fill values or saturation, with their pixels."""
     assert counts.dtype is not None
-    if len(counts.few) < _LEAST_VALUES:
+    if len(counts.values) < _LEAST_VALUES:
         return {}
     present = sorted(key for key, count in counts.ends.items() if count)
     limits = _limits(counts.dtype)
     rest = counts.pixels
     found = {key: counts.ends[key] for key in present if key in limits}
     rest -= sum(found.values())
-    for key, share in ((present[0], LOW_PERCENTILE), (present[-1], 100 - HIGH_PERCENTILE)):
-        if key not in found and counts.ends[key] > rest * share / 100:
+    least = max(rest * LOW_PERCENTILE / 100, _PLATEAU * rest / len(counts.values))
+    for key in (present[0], present[-1]):
+        if key not in found and counts.ends[key] > least:
             found[key] = counts.ends[key]
     return found
 
@@ -198,8 +205,8 @@ def _keys_of(part: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if kind == "u":
         return part
     if kind == "i":
-        unsigned = np.uint16 if size == 2 else np.uint32
-        return part.view(unsigned) ^ unsigned(1 << (8 * size - 1))
+        unsigned = np.dtype(f"u{size}")
+        return np.asarray(part.view(unsigned) ^ np.asarray(1 << (8 * size - 1), unsigned))
     with np.errstate(over="ignore"):
         values = part.astype(np.float32) + np.float32(0)  # one zero only
     bits = values[np.isfinite(values)].view(np.uint32)

@@ -14,7 +14,7 @@ import numpy as np
 from export.gate.parity import ParityError
 from unet.files import atomic_file
 from unet.geometry import TilePlan, cheapest_tile_size, plan_tiles, predict_tiled
-from unet.intensity import to_uint8, window_of
+from unet.intensity import find_windows
 from unet.scores import StackScores, score_stack
 from unet.volume import MASKS, LabelOptions, StackReader, read_labels
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from unet.intensity import WindowChoice
 
 MOST_SLICES = 6
 _GAP_PX = 8
@@ -166,6 +168,7 @@ def gather_scored(
     tile_sizes: Sequence[int],
     held_out: Mapping[str, Sequence[int]],
     label_options: LabelOptions = MASKS,
+    window: WindowChoice = None,
 ) -> ScoredSlices | None:
     """The labelled slices that training did not see, at most six; None where there are none.
 
@@ -174,6 +177,7 @@ def gather_scored(
         tile_sizes: that will be served.
         held_out: pages kept from training, by file name.
         label_options: how training understood the labels.
+        window: how training chose the intensity window.
 
     Raises:
         StackError: a stack cannot be read.
@@ -190,8 +194,8 @@ def gather_scored(
             chosen = [page for page in pages if page < min(len(reader), len(labels))][:MOST_SLICES]
             # A slice that is all membrane has no cells to score.
             chosen = [page for page in chosen if (labels[page] == 1).any()]
-            window = None if reader.dtype == np.uint8 else window_of(reader)
-            images = [to_uint8(reader[page], window) for page in chosen]
+            windows = find_windows(reader, window)
+            images = [windows.apply(page, reader[page]) for page in chosen]
         if images:
             size = cheapest_tile_size(images[0].shape[0], images[0].shape[1], tuple(tile_sizes))
             return ScoredSlices(np.stack(images), labels[chosen], size)

@@ -10,13 +10,15 @@ import numpy as np
 
 from unet.errors import UnetError
 from unet.geometry import plan_tiles
-from unet.intensity import to_uint8, window_of
+from unet.intensity import find_windows
 from unet.volume import StackReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from unet.intensity import WindowChoice
 
 # At the first tile size; memory and time decide. Every other tile size gets one.
 BATCH = 3
@@ -44,13 +46,19 @@ class Tiles:
         return sum(len(batch) for batch in self.batches)
 
 
-def gather_tiles(data_dir: Path | None, tile_sizes: Sequence[int], held_out: Mapping[str, Sequence[int]]) -> Tiles:
+def gather_tiles(
+    data_dir: Path | None,
+    tile_sizes: Sequence[int],
+    held_out: Mapping[str, Sequence[int]],
+    window: WindowChoice = None,
+) -> Tiles:
     """Cut tiles from a data folder's first stack, from pages that training did not see where these are known.
 
     Args:
         data_dir: folder with a ``*-volume.tif``; None takes the synthetic stack.
         tile_sizes: sizes of the tiles.
         held_out: pages kept from training, by file name.
+        window: how training chose the intensity window.
 
     Raises:
         TilesError: the folder has no stack.
@@ -63,7 +71,7 @@ def gather_tiles(data_dir: Path | None, tile_sizes: Sequence[int], held_out: Map
         slices = list(synthetic_stack(slices=BATCH)[0])
         source = f"{BATCH} slices of the synthetic stack"
     else:
-        slices, source = _read_slices(data_dir, held_out)
+        slices, source = _read_slices(data_dir, held_out, window)
     sizes = [tile_sizes[0]] * BATCH + list(tile_sizes[1:])
     tiles = [_cut(slices[index % len(slices)], sizes[index], index) for index in range(count)]
     batches = [np.stack(tiles[:BATCH])[:, None], *(tile[None, None] for tile in tiles[BATCH:])]
@@ -71,7 +79,7 @@ def gather_tiles(data_dir: Path | None, tile_sizes: Sequence[int], held_out: Map
 
 
 def training_tiles(
-    data_dir: Path | None, tile_size: int, held_out: Mapping[str, Sequence[int]]
+    data_dir: Path | None, tile_size: int, held_out: Mapping[str, Sequence[int]], window: WindowChoice = None
 ) -> list[NDArray[np.uint8]]:
     """One tile of each slice that training saw, uint8 [1, 1, size, size] each, of the stacks in ``held_out``.
 
@@ -84,14 +92,16 @@ def training_tiles(
         if stack is None or not stack.exists():
             continue
         with StackReader(stack) as reader:
-            window = None if reader.dtype == np.uint8 else window_of(reader)
+            windows = find_windows(reader, window)
             seen = [page for page in range(len(reader)) if page not in set(pages)]
-            cut = [_cut(to_uint8(reader[page], window), tile_size, number) for number, page in enumerate(seen)]
+            cut = [_cut(windows.apply(page, reader[page]), tile_size, number) for number, page in enumerate(seen)]
         found += [tile[np.newaxis, np.newaxis] for tile in cut]
     return found
 
 
-def _read_slices(data_dir: Path, held_out: Mapping[str, Sequence[int]]) -> tuple[list[NDArray[np.uint8]], str]:
+def _read_slices(
+    data_dir: Path, held_out: Mapping[str, Sequence[int]], window: WindowChoice
+) -> tuple[list[NDArray[np.uint8]], str]:
     stacks = sorted(data_dir.glob("*-volume.tif"), key=lambda path: (path.name not in held_out, path.name))
     if not stacks:
         raise TilesError(f"{data_dir} has no *-volume.tif to measure on: name the folder that training read")
@@ -99,8 +109,8 @@ def _read_slices(data_dir: Path, held_out: Mapping[str, Sequence[int]]) -> tuple
         pages = [page for page in held_out.get(stacks[0].name, ()) if page < len(reader)]
         kind = "held-out pages" if pages else "pages"
         pages = _spread(pages or list(range(len(reader))))
-        window = None if reader.dtype == np.uint8 else window_of(reader)
-        slices = [to_uint8(reader[page], window) for page in pages]
+        windows = find_windows(reader, window)
+        slices = [windows.apply(page, reader[page]) for page in pages]
     return slices, f"{kind} {', '.join(map(str, pages))} of {stacks[0]}"
 
 

@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.measure.rows import lone_rows
-from serve.volume.run import window_for
 from unet.errors import UnetError
 from unet.files import atomic_file
-from unet.intensity import to_uint8
+from unet.intensity import find_windows
 from unet.volume import PROBABILITY_LIMITS, StackReader, open_volume
 from unet.volume.overlay import membrane_overlay, shrink, shrink_factor
 
@@ -62,10 +61,10 @@ def slices_of(
     with open_volume(Path(images)) as volume, StackReader(probabilities, PROBABILITY_LIMITS) as found:
         if (len(volume), volume.height, volume.width) != (len(found), found.height, found.width):
             raise ReportError(f"{probabilities} is not of {images}: segment it again")
-        window = window_for(volume, None)
+        windows = find_windows(volume)
         shown = []
         for page in pages or range(len(found)):
-            image = to_uint8(volume.rows(page, 0, volume.height), window)
+            image = windows.apply(page, volume[page])
             image, probability = shrink(image, found[page], shrink_factor(*image.shape))
             grey = np.asarray(np.rint(probability * 255), np.uint8)
             overlay = membrane_overlay(image, probability, threshold)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from serve.segment.segmenter import Segmenter
     from serve.volume.run import Run
     from unet.geometry import TilePlan
-    from unet.intensity import Window
+    from unet.intensity import Windows
 
 # Tasks of a worker's thread that wait for it, so that a volume of any size has a bounded graph.
 _TASKS_AHEAD = 4
@@ -45,7 +45,7 @@ class Place:
 
     source: str
     store: str
-    window: Window | None
+    windows: Windows
     plan: TilePlan
     work: Work
     interface: str
@@ -65,8 +65,8 @@ def segment_task(place: Place, page: int, band: Band) -> int:
         if repr(segmenter.interface) != place.interface:
             name = place.work.options["model_name"]
             raise ClientError(f"one of {', '.join(place.work.urls)} serves another {name}")
-        job = job_of(volume, place.plan, page, band)
-        [(_, rows)] = segmenter.segment_bands([job], place.window)
+        job = job_of(volume, place.windows, place.plan, page, band)
+        [(_, rows)] = segmenter.segment_bands([job])
         ZarrCanvas(place.store, volume, rows.dtype, chunk_rows=1, keep=True).write(page, band.row0, rows)
     return checksum(rows)
 
@@ -130,7 +130,7 @@ class DaskFiller:
         return Place(
             str(Path(run.volume.path).resolve()),
             str((run.partial.folder / "probability.store").resolve()),
-            run.window,
+            run.windows,
             run.plan,
             self.work,
             interface,

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.segment.connection import ClientError
-from unet.intensity import Window, to_uint8
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
 from unet.volume.overlay import membrane_overlay
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from serve.segment.bands import Band
     from serve.volume.partial import Store
+    from unet.intensity import Windows
 
 KINDS = ("probability", "mask", "labels", "overlay")
 LABEL_DTYPES = ("uint16", "uint32")
@@ -34,14 +34,14 @@ class OutputSettings:
         kinds: of `KINDS`.
         threshold: a pixel is membrane where its probability of not being it is not above this.
         label_dtype: of the labels, "uint16" or "uint32".
-        window: the intensities that became 0 and 255, or None.
+        windows: how intensities become 8 bits.
         made_by: how the files were made, for their tags; ASCII.
     """
 
     kinds: tuple[str, ...]
     threshold: float
     label_dtype: str
-    window: Window | None
+    windows: Windows
     made_by: str
 
     def dtype_of(self, kind: str) -> np.dtype[Any]:
@@ -111,7 +111,7 @@ class Output:
         elif self.kind == "mask":
             self._canvas.write(page, row0, np.where(rows > self._settings.threshold, np.uint8(255), np.uint8(0)))
         elif self.kind == "overlay":
-            image = to_uint8(self._volume.rows(page, row0, row0 + len(rows)), self._settings.window)
+            image = self._settings.windows.apply(page, self._volume.rows(page, row0, row0 + len(rows)))
             self._canvas.write(page, row0, membrane_overlay(image, rows, self._settings.threshold))
 
     def finish_page(self, page: int, store: Store) -> None:

@@ -18,8 +18,9 @@ from serve.segment.connection import ClientError
 from serve.volume.outputs import Output, OutputSettings, stem_of, target_of
 from serve.volume.partial import Partial, RawStore, Store
 from unet import __version__
-from unet.intensity import Window, to_uint8, window_of
-from unet.volume import BLOCK_PX, Volume, ZarrCanvas, ZarrStack, blocks, open_volume
+from unet.errors import warn
+from unet.intensity import Window, WindowChoice, Windows, find_windows
+from unet.volume import BLOCK_PX, Volume, ZarrCanvas, ZarrStack, open_volume
 from unet.volume.overlay import overlay_png, shrink, shrink_factor
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Request:
         folder: for what is written; the source's own if None.
         threshold: of masks, labels and overlays.
         label_dtype: "uint16" or "uint32".
-        window: intensities that become 0 and 255; for uint16 the volume's own percentiles if None.
+        window: intensities that become 0 and 255, or how they are found; see ``unet.intensity.find_windows``.
         picture_slice: the slice that is drawn as a PNG, or None.
         resume: go on with what an interrupted run has found.
         overwrite: replace former results.
@@ -54,7 +55,7 @@ class Request:
     folder: Path | None = None
     threshold: float = 0.5
     label_dtype: str = "uint16"
-    window: Window | None = None
+    window: WindowChoice = None
     picture_slice: int | None = 0
     resume: bool = False
     overwrite: bool = False
@@ -79,6 +80,8 @@ class Summary:
 
     Attributes:
         recalled: bands that a former run had found.
+        window: intensities that became 0 and 255, of all slices or of each; None if they stayed as they were.
+        intensities: the same in words.
         bands: in all.
         resent: requests that were sent once more.
     """
@@ -88,7 +91,8 @@ class Summary:
     slices: int
     height: int
     width: int
-    window: Window | None
+    window: Window | tuple[Window | None, ...] | None
+    intensities: str
     bands: int
     recalled: int
     resent: int
@@ -105,7 +109,7 @@ class Run:
     """A volume at work."""
 
     volume: Volume
-    window: Window | None
+    windows: Windows
     plan: TilePlan
     bands: tuple[Band, ...]
     partial: Partial
@@ -115,14 +119,6 @@ class Run:
     def units(self) -> Iterator[tuple[int, Band]]:
         """Every band of every slice."""
         return ((page, band) for page in range(len(self.volume)) for band in self.bands)
-
-
-def window_for(volume: Volume, chosen: Window | None) -> Window | None:
-    """The intensities that become 0 and 255: the chosen ones, else a uint16 volume's own percentiles, else None."""
-    if chosen is not None:
-        to_uint8(np.zeros(0, np.uint8), chosen)  # says what is wrong with it
-        return chosen
-    return window_of(blocks(volume)) if volume.dtype != np.uint8 else None
 
 
 def segment_volume(segmenter: Segmenter, source: Path, request: Request, fill: Filler | None = None) -> Summary:
@@ -146,16 +142,18 @@ def segment_volume(segmenter: Segmenter, source: Path, request: Request, fill: F
             raise ClientError(
                 f"{source} has slices 0 to {len(volume) - 1}; there is no slice {request.picture_slice} to draw"
             )
-        window = window_for(volume, request.window)
+        windows = find_windows(volume, request.window)
+        for note in windows.notes:
+            warn(note)
         plan = segmenter.plan(volume.height, volume.width)
         bands = bands_of(plan)
-        header = _header(segmenter, volume, window, plan, request)
+        header = _header(segmenter, volume, windows, plan, request)
         partial = Partial(
             request.partial_folder(source), header, resume=request.resume, anew=request.overwrite and not request.resume
         )
         finished = False
         try:
-            recalled, targets = _work(segmenter, volume, window, plan, bands, partial, request, fill)
+            recalled, targets = _work(segmenter, volume, windows, plan, bands, partial, request, fill)
             finished = True
         except ClientError as error:
             if partial.done and not volume.changed():
@@ -168,19 +166,17 @@ def segment_volume(segmenter: Segmenter, source: Path, request: Request, fill: F
     seconds = time.perf_counter() - started
     units = size[0] * len(bands)
     outputs = {kind: str(path) for kind, path in targets.items()}
-    return Summary(str(source), outputs, *size, window, units, recalled, segmenter.resent, seconds)
+    return Summary(str(source), outputs, *size, windows.value, str(windows), units, recalled, segmenter.resent, seconds)
 
 
-def _header(
-    segmenter: Segmenter, volume: Volume, window: Window | None, plan: TilePlan, request: Request
-) -> dict[str, Any]:
+def _header(segmenter: Segmenter, volume: Volume, windows: Windows, plan: TilePlan, request: Request) -> dict[str, Any]:
     """What probabilities depend on; what is written of them may be chosen anew."""
     served = segmenter.interface
     return {
         "input": volume.fingerprint(),
         "size": [len(volume), volume.height, volume.width],
         "model": f"{served.version} {served.card_sha256}",
-        "intensity_window": window,
+        "intensity_window": windows.value,
         "tile_size": plan.tile_size,
         "tta": request.tta,
     }
@@ -189,7 +185,7 @@ def _header(
 def _work(
     segmenter: Segmenter,
     volume: Volume,
-    window: Window | None,
+    windows: Windows,
     plan: TilePlan,
     bands: tuple[Band, ...],
     partial: Partial,
@@ -197,7 +193,7 @@ def _work(
     fill: Filler | None,
 ) -> tuple[int, dict[str, Path]]:
     settings = OutputSettings(
-        request.kinds, request.threshold, request.label_dtype, window, _made_by(segmenter, window, request)
+        request.kinds, request.threshold, request.label_dtype, windows, _made_by(segmenter, windows, request)
     )
     targets = request.targets(volume.path)
     with contextlib.ExitStack() as stack:
@@ -207,7 +203,7 @@ def _work(
         for kind in request.kinds:
             outputs.append(Output(kind, targets[kind], partial.folder, volume, bands, settings))
             stack.callback(outputs[-1].close)
-        run = Run(volume, window, plan, bands, partial, store, outputs)
+        run = Run(volume, windows, plan, bands, partial, store, outputs)
         recalled = _produce(segmenter, run, request, fill)
     if volume.changed():
         raise ClientError(
@@ -221,13 +217,12 @@ def _work(
     return recalled, targets
 
 
-def _made_by(segmenter: Segmenter, window: Window | None, request: Request) -> str:
+def _made_by(segmenter: Segmenter, windows: Windows, request: Request) -> str:
     """For the outputs' tags."""
-    intensities = "as they are" if window is None else f"{window[0]:.10g} to {window[1]:.10g}"
     served = segmenter.interface
     card = f" card {served.card_sha256[:12]}" if served.card_sha256 else ""
     return (
-        f"unet-medical-triton {__version__}; model version {served.version}{card}; intensity window {intensities}; "
+        f"unet-medical-triton {__version__}; model version {served.version}{card}; intensity window {windows}; "
         f"threshold {request.threshold:g}; views {8 if request.tta else 1}"
     )
 
@@ -288,16 +283,16 @@ def _produce(segmenter: Segmenter, run: Run, request: Request, fill: Filler | No
             if lost := deliver.recall(missing):
                 raise ClientError(f"slice {lost[0][0]} did not reach {run.partial.folder}: workers must share its disk")
         else:
-            jobs = (job_of(run.volume, run.plan, page, band) for page, band in missing)
-            for job, rows in segmenter.segment_bands(jobs, run.window):
+            jobs = (job_of(run.volume, run.windows, run.plan, page, band) for page, band in missing)
+            for job, rows in segmenter.segment_bands(jobs):
                 run.partial.keep(run.store, job.page, job.band.row0, rows)
                 deliver(job.page, job.band, rows)
     return total - len(missing)
 
 
-def job_of(volume: Volume, plan: TilePlan, page: int, band: Band) -> Job:
-    """A band with its pixels read."""
-    image = volume.rows(page, band.read0, band.read1)
+def job_of(volume: Volume, windows: Windows, plan: TilePlan, page: int, band: Band) -> Job:
+    """A band with its pixels read, in 8 bits."""
+    image = windows.apply(page, volume.rows(page, band.read0, band.read1))
     return Job(page, band, plan.tile_size, image, band.read0, volume.height)
 
 
@@ -309,7 +304,7 @@ def _draw(run: Run, page: int, threshold: float) -> None:
     images, probabilities = [], []
     for row0 in range(0, height, step):
         row1 = min(height, row0 + step)
-        image = to_uint8(run.volume.rows(page, row0, row1), run.window)
+        image = run.windows.apply(page, run.volume.rows(page, row0, row1))
         probability = run.store.read(page, row0, row1).astype(np.float32)
         shrunk = shrink(image, probability, factor)
         images.append(shrunk[0])

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from train.input.augmentation import NO_AUGMENTATION, Augmentation, resample, sampling_map, shift_intensities
-from unet.errors import UnetError
+from unet.errors import UnetError, warn
 from unet.geometry import output_size
-from unet.intensity import normalise, to_uint8, window_of
-from unet.volume import MASKS, LabelOptions, load_pair
+from unet.intensity import WindowChoice, find_windows, normalise
+from unet.volume import MASKS, LabelOptions, load_pair, open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,15 +65,18 @@ def find_pairs(data_dir: str | Path) -> list[tuple[Path, Path]]:
 
 
 def load_slices(
-    pairs: Sequence[tuple[Path, Path]], options: LabelOptions = MASKS
+    pairs: Sequence[tuple[Path, Path]], options: LabelOptions = MASKS, window: WindowChoice = None
 ) -> list[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
     """All labelled slices of several stacks as (name, image uint8 [H, W], label uint8 [H, W])."""
     loaded = []
     for images_path, labels_path in pairs:
         images, labels = load_pair(images_path, labels_path, options)
-        window = None if images.dtype == np.uint8 else window_of(images)
+        with open_volume(images_path) as volume:
+            windows = find_windows(volume, window)
+        for note in windows.notes:
+            warn(note)
         loaded += [
-            (f"{images_path.name}[{page}]", to_uint8(image, window), label)
+            (f"{images_path.name}[{page}]", windows.apply(page, image), label)
             for page, (image, label) in enumerate(zip(images, labels))
         ]
     return loaded

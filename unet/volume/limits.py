@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unet.errors import UnetError
+from unet.percentiles import DTYPES as INTENSITY_DTYPES
 
 
 class StackError(UnetError):
@@ -19,13 +20,15 @@ class Limits:
         max_pages: slices in a stack.
         max_pixels_per_page: rows x columns of a slice; 2**30 admits 32k x 32k.
         dtypes: pixel formats.
+        finite: refuse floating-point slices with values that are no finite numbers, once they are read.
     """
 
     max_pages: int = 100_000
     max_pixels_per_page: int = 2**30
-    dtypes: tuple[str, ...] = ("uint8", "uint16")
+    dtypes: tuple[str, ...] = INTENSITY_DTYPES
+    finite: bool = False
 
 
 IMAGE_LIMITS = Limits()
-PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"))
+PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"), finite=True)
 LABEL_LIMITS = Limits(dtypes=("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from unet.volume.metadata import StackMetadata
 
+Opened = TypeVar("Opened", bound="Volume")
 # Of pixels that are read at once where nothing else bounds it.
 BLOCK_PX = 2**22
 
@@ -81,7 +82,7 @@ class Volume(ABC):
     def __iter__(self) -> Iterator[npt.NDArray[Any]]:
         return (self[page] for page in range(self.pages))
 
-    def __enter__(self) -> Volume:
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(self, *_: object) -> None:

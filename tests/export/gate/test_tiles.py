@@ -7,7 +7,8 @@ import pytest
 
 from export.gate.tiles import TilesError, gather_tiles
 from unet.geometry import plan_tiles
-from unet.intensity import to_uint8, window_of
+from unet.intensity import to_uint8
+from unet.percentiles import measure
 from unet.volume import StackReader, StackWriter
 
 
@@ -47,7 +48,7 @@ def test_sixteen_bits_are_windowed_over_the_stack(tmp_path: Path) -> None:
             writer.append(page)
     tile = gather_tiles(tmp_path, (572,), {}).batches[0][0, 0]
     plan = plan_tiles(204, 204, 572)
-    expected = plan.extract(to_uint8(pages[0], window_of(pages)), plan.tiles[0])
+    expected = plan.extract(to_uint8(pages[0], measure(pages).window), plan.tiles[0])
     np.testing.assert_array_equal(tile, expected)
 
 

@@ -22,6 +22,7 @@ from serve.server.process import TritonServer
 from serve.volume.outputs import Output, OutputSettings, target_of, to_float32
 from serve.volume.partial import RawStore
 from unet.geometry import plan_tiles
+from unet.intensity import Windows
 from unet.volume import StackReader
 from unet.volume.overlay import membrane_overlay
 
@@ -171,7 +172,7 @@ def test_labels_by_bands_are_the_labels_of_the_whole(seed: int, rows: int, share
         store = RawStore(folder / "store", height, width, np.dtype(np.float16))
         store.write(0, 0, mask.astype(np.float16))
         with StackReader(folder / "v.tif") as volume:
-            chosen = OutputSettings(("labels",), 0.5, "uint16", None, "test")
+            chosen = OutputSettings(("labels",), 0.5, "uint16", Windows((None,)), "test")
             output = Output("labels", folder / "v-labels.tif", folder, volume, bands, chosen)
             output.finish_page(0, store)
         output.close()

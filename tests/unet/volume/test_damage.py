@@ -62,7 +62,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         r"page 0 of .*in.tif is a colour image: convert the stack to 8- or 16-bit grey",
     ),
     "palette": (lambda path: other_tag(path, "PhotometricInterpretation", 3), r"is a colour image"),
-    "signed": (lambda path: write(path, STACK.astype(np.int16)), r"has int16 pixels"),
+    "64-bit": (lambda path: write(path, STACK.astype(np.uint64)), r"has uint64 pixels"),
     "1-bit": (lambda path: write(path, STACK > 9, metadata=None), r"has bool pixels|has 1-bit pixels"),
     "volume": (lambda path: write(path, STACK, volumetric=True), r"is not a plain two-dimensional image"),
     "lzw": (

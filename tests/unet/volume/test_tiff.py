@@ -11,7 +11,16 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unet.volume import Limits, StackError, StackReader, StackWriter, load_pair, read_images, read_labels
+from unet.volume import (
+    PROBABILITY_LIMITS,
+    Limits,
+    StackError,
+    StackReader,
+    StackWriter,
+    load_pair,
+    read_images,
+    read_labels,
+)
 
 RNG = np.random.default_rng(0)
 PAGES = RNG.integers(0, 255, (4, 20, 30), np.uint8)
@@ -159,14 +168,14 @@ def faults(folder: Path) -> dict[str, tuple[Path, str]]:
         "empty": (empty, "is empty"),
         "unequal pages": (unequal, "page 0 is 20 x 30 uint8, page 1 is 10 x 30 uint8"),
         "colour": (colour, "colour image"),
-        "float": (write(folder / "f.tif", PAGES.astype(np.float32)), "has float32 pixels"),
-        "32-bit": (write(folder / "i.tif", PAGES.astype(np.uint32)), "has uint32 pixels"),
+        "complex": (write(folder / "f.tif", PAGES.astype(np.complex64)), "has complex64 pixels"),
+        "64-bit": (write(folder / "i.tif", PAGES.astype(np.uint64)), "has uint64 pixels"),
     }
 
 
 NAMES = (
     *("missing", "folder", "truncated", "header only", "not an image", "empty"),
-    *("unequal pages", "colour", "float", "32-bit"),
+    *("unequal pages", "colour", "complex", "64-bit"),
 )
 
 
@@ -207,7 +216,7 @@ def test_a_probability_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     data = np.zeros((2, 4, 4), np.float32)
     data[1, 2, 2] = np.nan
     path = write(tmp_path / "nan.tif", data)
-    with StackReader(path, Limits(dtypes=("float32",))) as reader, pytest.raises(StackError, match="page 1 of"):
+    with StackReader(path, PROBABILITY_LIMITS) as reader, pytest.raises(StackError, match="page 1 of"):
         list(reader)
 
 

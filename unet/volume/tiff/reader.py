@@ -46,7 +46,7 @@ class StackReader(Volume):
         Raises:
             StackError: if the file is missing, is no TIFF, is truncated, or declares something unfit.
         """
-        self.path = Path(path)
+        self.path, self._limits = Path(path), limits
         self._file = open_tiff(self.path)
         self._opened = os.fstat(self._file.filehandle.fileno())
         self._decoded: tuple[int, AnyArray] | None = None
@@ -108,7 +108,7 @@ class StackReader(Volume):
             raise StackError(f"page {index} of {self.path} is damaged ({error}): copy or download it again") from error
         if page.shape != (self.height, self.width):
             raise damaged(self.path)
-        if page.dtype.kind == "f" and not np.isfinite(page).all():
+        if self._limits.finite and page.dtype.kind == "f" and not np.isfinite(page).all():
             raise StackError(f"page {index} of {self.path} has values that are no finite numbers: write it again")
         return np.iinfo(page.dtype).max - page if self._inverted else page
 
