@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.server.process import TritonServer
-from serve.server.settings import MODEL_CONTROL, ServerSettings
+# So that it runs as a file, and `stop` does without an installation: what else needs packages is imported below.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from serve.server.install import TritonError
+from serve.server.settings import ServerSettings, WatchSettings
 from serve.server.state import load_state, stop_kept
-from serve.server.watch import WatchSettings, watch
+from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ServerSettings", "TritonServer", "WatchSettings", "main", "run", "start", "status", "stop", "watch"]
+STATUS_TIMEOUT_S = 10.0
 
 
 def run(settings: ServerSettings, watching: WatchSettings | None = None) -> int:
@@ -26,10 +28,14 @@ def run(settings: ServerSettings, watching: WatchSettings | None = None) -> int:
         settings: how the server runs.
         watching: how it is watched meanwhile; None leaves it alone.
     """
+    from serve.server.process import TritonServer
+
     try:
         with TritonServer(settings) as server:
-            say(f"ready: {_where(settings)}; Ctrl-C stops it")
+            say(f"ready: {_where(server.settings)}; Ctrl-C stops it")
             if watching is not None:
+                from serve.server.watch import watch
+
                 watch(settings.state_dir, watching)
             server.wait()
     except (KeyboardInterrupt, SystemExit):
@@ -40,10 +46,12 @@ def run(settings: ServerSettings, watching: WatchSettings | None = None) -> int:
 
 def start(settings: ServerSettings) -> int:
     """Serve in the background; returns once the server is ready."""
+    from serve.server.process import TritonServer
+
     server = TritonServer(settings)
     server.start()
     server.detach()
-    say(f"ready: {_where(settings)}; `make stop` stops it")
+    say(f"ready: {_where(server.settings)}; `make stop` stops it")
     return 0
 
 
@@ -53,18 +61,35 @@ def stop(state_dir: Path) -> int:
     return 0
 
 
-def status(state_dir: Path) -> int:
-    """Say whether a server runs; 0 if it is ready, 1 if not."""
+def status(state_dir: Path, timeout_s: float = STATUS_TIMEOUT_S) -> int:
+    """Say whether a server runs and answers; 0 if each of its models segments a tile, 1 if not.
+
+    Args:
+        state_dir: that it was started with.
+        timeout_s: longest wait for each answer.
+    """
     state = load_state(state_dir)
     if state is None or not state.is_kept:
         say("no server is running")
         return 1
-    ready = state.is_ready
-    say(
-        f"{'ready' if ready else 'not ready'}: process {state.server_pid} serves {', '.join(state.models)}, "
-        f"gRPC {state.address}:{state.grpc_port}, HTTP {state.http_address}:{state.http_port}, log {state.log}"
+    about = (
+        f"process {state.server_pid} serves {', '.join(state.models)}, gRPC {state.grpc_url}, HTTP {state.http_url}, "
+        f"log {state.log}"
     )
-    return 0 if ready else 1
+    if not state.is_ready:
+        say(f"not ready: {about}")
+        return 1
+    from serve.server.control import ModelControl
+
+    control = ModelControl(state, state.admin_key)
+    try:
+        for model in state.models:
+            control.canary(model, timeout_s)
+    except TritonError as error:
+        say(f"not answering: {about}; {error}")
+        return 1
+    say(f"ready: {about}")
+    return 0
 
 
 def _where(settings: ServerSettings) -> str:
@@ -74,39 +99,20 @@ def _where(settings: ServerSettings) -> str:
     return f"{where}; anyone who reaches {settings.address} may use it, --tls_client_ca admits known clients only"
 
 
-def _parser() -> argparse.ArgumentParser:
-    watching = WatchSettings()
-    parser = argparse.ArgumentParser(
-        prog="serve/triton.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def _parser() -> FlagParser:
+    parser = FlagParser(prog="serve/triton.py", description=__doc__)
     parser.add_argument(
         "action",
         choices=("run", "start", "stop", "status", "watch"),
-        help="run: in the foreground; start: in the background; status: exit code 0 if ready, 1 if not; "
-        "watch: load models anew that no longer answer",
+        help="run: in the foreground; start: in the background; status: exit code 0 if every model segments a tile, "
+        "else 1; watch: load models again that no longer answer",
     )
     parser.add_argument("--model_repository", type=Path, default=Path("model_repository"), help="what is served")
-    parser.add_argument("--http_port", type=int, default=8000, help="port of HTTP and health")
-    parser.add_argument("--grpc_port", type=int, default=8001, help="port of gRPC")
-    parser.add_argument("--metrics_port", type=int, default=8002, help="port of the metrics")
-    parser.add_argument("--address", default="127.0.0.1", help="of gRPC and metrics; the default is this machine only")
-    parser.add_argument("--http_address", default="127.0.0.1", help="of HTTP, which only health needs")
-    parser.add_argument("--start_timeout_s", type=float, default=120.0, help="longest wait for readiness")
-    parser.add_argument("--stop_timeout_s", type=float, default=30.0, help="longest wait for an orderly end")
     parser.add_argument("--log", type=Path, help="file for what the server says; by default in --state_dir")
     parser.add_argument("--state_dir", type=Path, default=Path(".cache/triton"), help="where stop and status look")
-    parser.add_argument(
-        "--model_control", choices=MODEL_CONTROL, default="none", help="explicit: the admin key loads and unloads"
-    )
-    parser.add_argument("--admin_key_file", type=Path, help="file with that key; by default one in --state_dir")
-    parser.add_argument("--tls_cert", type=Path, help="PEM certificate for gRPC; HTTP then tells health only")
-    parser.add_argument("--tls_key", type=Path, help="PEM file with its private key")
-    parser.add_argument("--tls_client_ca", type=Path, help="PEM authority whose certificates clients must show")
-    parser.add_argument("--response_cache_mib", type=int, default=0, help="for answers that come again; 0: none")
+    add_flags(parser, ServerSettings)
     parser.add_argument("--watch", action="store_true", help="of run: watch as well; needs --model_control explicit")
-    parser.add_argument("--watch_interval_s", type=float, default=watching.interval_s, help="between canaries")
-    parser.add_argument("--watch_timeout_s", type=float, default=watching.timeout_s, help="for a canary's answer")
-    parser.add_argument("--watch_failures", type=int, default=watching.failures, help="before a model is loaded anew")
+    add_flags(parser, WatchSettings, "watch_")
     return parser
 
 
@@ -117,31 +123,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     if chosen.watch and (chosen.action != "run" or chosen.model_control != "explicit"):
         parser.error("--watch is of run, and needs --model_control explicit")
-    watching = WatchSettings(chosen.watch_interval_s, chosen.watch_timeout_s, chosen.watch_failures)
     if chosen.action == "status":
         return status(chosen.state_dir)
     if chosen.action == "stop":
         return stop(chosen.state_dir)
+    watching = from_flags(WatchSettings, chosen, "watch_")
     if chosen.action == "watch":
+        from serve.server.watch import watch
+
         watch(chosen.state_dir, watching)
         return 0
-    settings = ServerSettings(
-        repository=chosen.model_repository,
-        log=chosen.log or chosen.state_dir / "triton.log",
-        state_dir=chosen.state_dir,
-        http_port=chosen.http_port,
-        grpc_port=chosen.grpc_port,
-        metrics_port=chosen.metrics_port,
-        address=chosen.address,
-        http_address=chosen.http_address,
-        start_timeout_s=chosen.start_timeout_s,
-        stop_timeout_s=chosen.stop_timeout_s,
-        model_control=chosen.model_control,
-        admin_key_file=chosen.admin_key_file,
-        tls_cert=chosen.tls_cert,
-        tls_key=chosen.tls_key,
-        tls_client_ca=chosen.tls_client_ca,
-        response_cache_mib=chosen.response_cache_mib,
+    log = chosen.log or chosen.state_dir / "triton.log"
+    settings = from_flags(
+        ServerSettings, chosen, repository=chosen.model_repository, log=log, state_dir=chosen.state_dir
     )
     if chosen.action == "start":
         return start(settings)

@@ -134,8 +134,19 @@ def rollback(
 
 
 def versions_in(folder: Path) -> list[int]:
-    """The versions in a model's folder, the oldest first."""
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    """The versions in a model's folder, the oldest first.
+
+    Raises:
+        RepositoryError: one has a name that Triton takes for another number.
+    """
+    named = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    for path in named:
+        if path.name != str(int(path.name)):
+            raise RepositoryError(
+                f"{path} is named with leading zeros, or not in plain digits, and Triton would not find its files: "
+                f"rename it to {int(path.name)}, or remove it"
+            )
+    return sorted(int(path.name) for path in named)
 
 
 def _former(folder: Path) -> int:

@@ -1,37 +1,52 @@
-"""Finds before the server starts what would make it hang or fail: Triton waits for ever for a missing model.py."""
+"""Finds what would make the server hang or fail, before it starts: Triton waits for ever for a missing model.py."""
 
 from __future__ import annotations
 
+import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from serve.models.config import CONFIG_FILE
 from serve.models.publish import versions_in
+from serve.server.guard import SHARED_MEMORY
 from serve.server.install import TritonError
-from unet.card import CARD_FILE
+from unet.card import CARD_FILE, Card
 from unet.files import sha256_of
+from unet.geometry import output_size
+from unet.names import INPUT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+SHARED_MEMORY_REMEDY = "give it 256 MiB (docker run --shm-size=256m, or mount -o remount,size=256m /dev/shm)"
+_LFS_POINTER = b"version https://git-lfs"
+# What the python backend sets aside for each copy of a network, before any tile.
+_COPY_BYTES = 1 << 20
 
 
 def check_repository(repository: Path) -> list[str]:
-    """The names of the models in a repository, each of which is complete.
+    """The names of the models in a repository, each of which is complete and has room to run.
 
     Raises:
         TritonError: there is none, or one that this server could not load; with what to do.
+        CardError: a model's network is not the file that its card describes.
+        RepositoryError: a version's folder has a name that Triton does not take.
     """
-    configs = sorted(path for path in repository.glob(f"*/{CONFIG_FILE}") if path.parent.name[0] != ".")
-    if not configs:
+    paths = sorted(path for path in repository.glob(f"*/{CONFIG_FILE}") if path.parent.name[0] != ".")
+    if not paths:
         raise TritonError(
             f"{repository} holds no model: publish one with `python serve/repository.py --artefacts ARTEFACTS`"
         )
-    for path in configs:
-        _check_model(path)
-    return [path.parent.name for path in configs]
+    configs = [_parse(path) for path in paths]
+    for path, config in zip(paths, configs):
+        _check_model(path, config)
+    _check_shared_memory(configs)
+    return [path.parent.name for path in paths]
 
 
-def _check_model(path: Path) -> None:
-    folder, config = path.parent, _parse(path)
+def _check_model(path: Path, config: Any) -> None:
+    folder = path.parent
     if config.name != folder.name:
         raise TritonError(f"{path} is of the model {config.name!r}, not {folder.name}: publish the model again")
     if config.backend != "python":
@@ -42,10 +57,9 @@ def _check_model(path: Path) -> None:
     versions = versions_in(folder)
     if not versions:
         raise TritonError(f"{folder} has a {CONFIG_FILE} but no version: publish the model again")
+    for version in versions[-max(1, config.version_policy.latest.num_versions) :]:
+        _check_version(folder / str(version), config)
     newest = folder / str(versions[-1])
-    code = newest / (config.default_model_filename or "model.py")
-    if not code.is_file():
-        raise TritonError(f"{code} is missing, so that Triton could not load version {newest.name}: publish it again")
     card = newest / CARD_FILE
     if card.is_file() and config.parameters["card_sha256"].string_value != sha256_of(card):
         raise TritonError(
@@ -53,10 +67,50 @@ def _check_model(path: Path) -> None:
         )
 
 
+def _check_version(version: Path, config: Any) -> None:
+    code = version / (config.default_model_filename or "model.py")
+    if not code.is_file():
+        raise TritonError(f"{code} is missing, so that Triton could not load version {version.name}: publish it again")
+    for path in version.rglob("*"):
+        if path.is_file():
+            _require_no_pointer(path)
+    if (version / CARD_FILE).is_file():
+        card = Card.load(version)
+        if card.has_engine:
+            card.verify_engine()
+
+
+def _require_no_pointer(path: Path) -> None:
+    with path.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise TritonError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull`")
+
+
+def _check_shared_memory(configs: Sequence[Any]) -> None:
+    """Each copy of a network needs room for itself and for its largest tile, which Triton tries before it is ready."""
+    needed = 0
+    for config in configs:
+        sizes = [int(warmup.inputs[INPUT].dims[-1]) for warmup in config.model_warmup] or [0]
+        tile = max(size * size + 2 * output_size(size) ** 2 if size else 0 for size in sizes)
+        needed += sum(group.count for group in config.instance_group) * (_COPY_BYTES + tile)
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError as error:
+        raise TritonError(
+            f"{SHARED_MEMORY}, which the python backend needs, cannot be used: {error.strerror}"
+        ) from error
+    if free < needed:
+        raise TritonError(
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, and the python backend needs "
+            f"{math.ceil(needed / 2**20)} there: {SHARED_MEMORY_REMEDY}"
+        )
+
+
 def _parse(path: Path) -> Any:
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 
+    _require_no_pointer(path)
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except (text_format.ParseError, UnicodeDecodeError) as error:

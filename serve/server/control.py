@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serve.server.guard import ADMIN_KEY_HEADER
 from serve.server.install import TritonError
-from serve.server.settings import ADMIN_KEY_HEADER, read_admin_key
-from serve.server.state import ServerState, load_state
+from serve.server.settings import read_admin_key
+from serve.server.state import ServerState, load_state, server_name
 from unet.geometry import output_size
 from unet.names import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_QUEUE_FULL = "Exceeds maximum queue size"
+# What Triton says of a request that has to wait too long, which is no fault of the model.
+_WAITING = ("Exceeds maximum queue size", "Request timeout expired")
+_POLL_S, _STATISTICS_TIMEOUT_S = 0.1, 5.0
 
 
 class ModelControl:
     """Model control of one server, over HTTP: with TLS too that protocol answers whoever has the key.
 
     Args:
-        address: that the server's HTTP listens on.
-        http_port: its port.
+        state: of the server; an answer of another server on its port is refused.
         key: the admin key.
         load_timeout_s: longest wait for a model to be loaded.
     """
 
-    def __init__(self, address: str, http_port: int, key: str, load_timeout_s: float = 600.0) -> None:
-        self._url = f"{address}:{http_port}"
+    def __init__(self, state: ServerState, key: str, load_timeout_s: float = 600.0) -> None:
+        self._state, self._url = state, state.http_url
         self._headers = {ADMIN_KEY_HEADER: key}
         self._load_timeout_s = load_timeout_s
 
@@ -41,8 +44,14 @@ class ModelControl:
         from tritonclient import http
         from tritonclient.utils import InferenceServerException
 
+        state = self._state
         client = http.InferenceServerClient(self._url, connection_timeout=timeout_s, network_timeout=timeout_s)
         try:
+            if server_name(state.http_address, state.http_port, self._headers[ADMIN_KEY_HEADER]) != state.server_id:
+                raise TritonError(
+                    f"another server answers at {self._url} than the one that was started with this --state_dir: stop "
+                    "that one, or start this one on another --http_port"
+                )
             yield client
         except InferenceServerException as error:
             lines = str(error.message()).splitlines() or ["no reason given"]
@@ -75,26 +84,61 @@ class ModelControl:
             client.load_model(model, headers=self._headers)
 
     def canary(self, model: str, timeout_s: float) -> None:
-        """Have a model segment one grey tile of its smallest size; a full queue is an answer too.
+        """Have a model segment one tile of noise of its smallest size.
+
+        Where the tile has to wait behind others, as in a full queue, it is enough that the server's own count of
+        answered requests rises meanwhile. The noise differs each time, so that no cached answer stands for the model.
 
         Raises:
-            TritonError: there is no answer in time, or an error, or no probabilities.
+            TritonError: the tile is not answered and no other request is, or the answer is an error or not a number.
         """
+        from tritonclient.utils import InferenceServerException
+
+        deadline = time.monotonic() + timeout_s
+        with self._client(timeout_s, f"segment with {model}") as client:
+            size = self._smallest_tile(client, model)
+            answered = self._answered(client, model)
+            try:
+                probability = self._segment(client, model, size)
+            except (TimeoutError, InferenceServerException) as error:
+                waits = isinstance(error, TimeoutError) or any(words in str(error.message()) for words in _WAITING)
+                if not waits:
+                    raise
+                self._await_answers(model, answered, deadline)
+                return
+        if probability.shape[-1] != output_size(size) or not np.isfinite(probability).all():
+            raise TritonError(f"{self._url} gave no probabilities for {model}, but {probability.shape}")
+
+    def _smallest_tile(self, client: Any, model: str) -> int:
+        config = client.get_model_config(model, headers=self._headers)
+        try:
+            return min(int(size) for size in config["parameters"]["tile_sizes"]["string_value"].split(","))
+        except (KeyError, ValueError) as error:
+            raise TritonError(f"{model} names no tile sizes: publish it with serve/repository.py") from error
+
+    def _segment(self, client: Any, model: str, size: int) -> Any:
         from tritonclient import http
 
-        with self._client(timeout_s, f"segment with {model}") as client:
-            config = client.get_model_config(model, headers=self._headers)
-            size = min(int(size) for size in config["parameters"]["tile_sizes"]["string_value"].split(","))
-            image = http.InferInput(INPUT, [1, 1, size, size], "UINT8")
-            image.set_data_from_numpy(np.full((1, 1, size, size), 128, np.uint8))
-            try:
-                answer = client.infer(model, [image], headers=self._headers).as_numpy(OUTPUT)
-            except http.InferenceServerException as error:
-                if _QUEUE_FULL in str(error.message()):
+        image = http.InferInput(INPUT, [1, 1, size, size], "UINT8")
+        image.set_data_from_numpy(np.random.default_rng().integers(0, 256, (1, 1, size, size), np.uint8))
+        return client.infer(model, [image], headers=self._headers).as_numpy(OUTPUT)
+
+    def _answered(self, client: Any, model: str) -> int:
+        """How many requests the newest version of a model has answered since it was loaded."""
+        versions = client.get_inference_statistics(model, headers=self._headers)["model_stats"]
+        newest = max(versions, key=lambda version: int(version["version"]))
+        return int(newest["inference_stats"]["success"]["count"])
+
+    def _await_answers(self, model: str, before: int, deadline: float) -> None:
+        """Return when the model has answered more requests than ``before``; at the deadline it is looked at last."""
+        while True:
+            # Another connection: on the first one an answer may still come.
+            with self._client(_STATISTICS_TIMEOUT_S, f"count the answers of {model}") as client:
+                if self._answered(client, model) > before:
                     return
-                raise
-        if answer.shape[-1] != output_size(size) or not np.isfinite(answer).all():
-            raise TritonError(f"{self._url} gave no probabilities for {model}, but {answer.shape}")
+            if time.monotonic() > deadline:
+                raise TritonError(f"{self._url} answered neither the canary of {model} nor any other request in time")
+            time.sleep(_POLL_S)
 
 
 def require_state(state_dir: Path) -> ServerState:
@@ -127,4 +171,4 @@ def control_of(state_dir: Path, repository: Path | None = None) -> ModelControl:
     state = require_state(state_dir)
     if repository is not None and Path(state.repository) != repository.resolve():
         raise TritonError(f"the running server serves {state.repository}, not {repository}: publish there to load")
-    return ModelControl(state.http_address, state.http_port, read_admin_key(Path(state.admin_key_file)))
+    return ModelControl(state, read_admin_key(Path(state.admin_key_file)))

@@ -9,7 +9,9 @@ it runs with ``python -I -S`` and is there in 20 ms. It stops the server
 
 To stop is SIGTERM, a bounded wait, SIGKILL for the server's process group, and removing its shared-memory segments.
 The same sweeping follows when the server ends by itself. The guard adopts what the server orphans, so that it can wait
-for every last descendant. Should the guard itself be killed, the kernel sends the server SIGTERM.
+for every last descendant. If the guard itself is killed, the kernel sends the server SIGTERM.
+
+While the server runs, the guard also has it release the shared memory of clients that were killed.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,11 @@ from typing import Any
 DETACH = b"d"
 SHARED_MEMORY = Path("/dev/shm")
 SWEEP_TIMEOUT_S = 5.0
+# What a client's segments and regions are called: this, its process number, a dash and a random word.
+CLIENT_PREFIX = "unet-client-"
+ADMIN_KEY_HEADER = "admin-key"
+_REGION_KINDS = ("systemsharedmemory", "cudasharedmemory")
+_RELEASE_INTERVAL_S, _RELEASE_TIMEOUT_S = 5.0, 2.0
 EXIT_STOPPED, EXIT_SERVER_ENDED = 0, 1
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -57,10 +66,82 @@ def remove_segments(prefix: str) -> list[str]:
     return removed
 
 
+def is_of_dead_client(name: str) -> bool:
+    """Whether a segment or region belongs to a client of this machine whose process has ended."""
+    owner = name[len(CLIENT_PREFIX) :].partition("-")[0]
+    if not name.startswith(CLIENT_PREFIX) or not owner.isdecimal():
+        return False
+    try:
+        os.kill(int(owner), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):  # another user's, alive; or no process number
+        return False
+    return start_ticks(int(owner)) is None
+
+
+class Regions:
+    """The shared memory that clients have registered with a running server.
+
+    Args:
+        address: IP address of the server's HTTP.
+        port: its port.
+        key: the admin key.
+    """
+
+    def __init__(self, address: str, port: int, key: str) -> None:
+        self._address, self._port, self._key = address, port, key
+
+    def of_dead_clients(self) -> dict[str, int]:
+        """The bytes of each region whose client has ended, by the region's name.
+
+        Raises:
+            OSError: the server does not answer.
+        """
+        return {name: size for kind in _REGION_KINDS for name, size in self._dead(kind).items()}
+
+    def release(self) -> dict[str, int]:
+        """Have the server give those regions back; returns what `of_dead_clients` found.
+
+        Raises:
+            OSError: the server does not answer.
+        """
+        released = {}
+        for kind in _REGION_KINDS:
+            for name, size in self._dead(kind).items():
+                self._ask("POST", f"/v2/{kind}/region/{name}/unregister")
+                released[name] = size
+        return released
+
+    def _dead(self, kind: str) -> dict[str, int]:
+        regions = json.loads(self._ask("GET", f"/v2/{kind}/status") or b"[]")
+        return {one["name"]: int(one["byte_size"]) for one in regions if is_of_dead_client(one["name"])}
+
+    def _ask(self, method: str, path: str) -> bytes:
+        import http.client  # takes as long to load as all the rest of the guard
+
+        connection = http.client.HTTPConnection(self._address, self._port, timeout=_RELEASE_TIMEOUT_S)
+        try:
+            connection.request(method, path, headers={ADMIN_KEY_HEADER: self._key})
+            response = connection.getresponse()
+            body = response.read()
+        except http.client.HTTPException as error:
+            raise OSError(f"HTTP port {self._port} does not answer in HTTP: {error}") from error
+        finally:
+            connection.close()
+        return body if response.status == http.HTTPStatus.OK else b""
+
+
 def kill_group(group: int) -> None:
     """SIGKILL to a process group, if there is one."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
+
+
+def remove_links(links: str) -> None:
+    """Remove the folder of links that a server was started with, if it had one."""
+    if links:
+        shutil.rmtree(links, ignore_errors=True)
 
 
 class Guard:
@@ -69,7 +150,8 @@ class Guard:
     Args:
         command: the server's command line.
         state_file: where to write ``state`` and both processes' identity while the server lives.
-        state: what ``serve.server.state`` finds there again; ``shm_prefix`` and ``stop_timeout_s`` count here.
+        state: what ``serve.server.state`` finds there again. The guard itself uses ``shm_prefix``, ``stop_timeout_s``,
+            ``links`` and where HTTP answers.
     """
 
     def __init__(self, command: list[str], state_file: str, state: dict[str, Any]) -> None:
@@ -77,6 +159,7 @@ class Guard:
         self._state_file = Path(state_file)
         self._state = state
         self._server = 0
+        self._ending = threading.Event()
         self._status: int | None = None
         self._wakeup, write_end = os.pipe()
         for descriptor in (self._wakeup, write_end):
@@ -106,6 +189,7 @@ class Guard:
         self._server = process.pid
         try:
             self._write_state()
+            threading.Thread(target=self._release_regions, daemon=True).start()
             stopped = self._keep()
             if stopped:
                 self._stop()
@@ -161,13 +245,28 @@ class Guard:
 
     def _sweep(self) -> None:
         """Leave no process, no segment and no state file."""
+        self._ending.set()
         kill_group(self._server)
         deadline = time.monotonic() + SWEEP_TIMEOUT_S
         while self._reap() and (left := deadline - time.monotonic()) > 0:
             if select.select([self._wakeup], [], [], left)[0]:
                 os.read(self._wakeup, 1024)
         remove_segments(self._state["shm_prefix"])
-        self._state_file.unlink(missing_ok=True)
+        remove_links(self._state["links"])
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            # Another server's state is not this guard's to remove.
+            if json.loads(self._state_file.read_text(encoding="utf-8"))["guard_pid"] == os.getpid():
+                self._state_file.unlink()
+
+    def _release_regions(self) -> None:
+        """Release the shared memory of dead clients now and then, until the server ends."""
+        while not self._ending.wait(_RELEASE_INTERVAL_S):
+            # A server that starts, or has too much to do, answers the next time.
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                key = Path(self._state["admin_key_file"]).read_text(encoding="utf-8").strip()
+                regions = Regions(self._state["http_address"], self._state["http_port"], key)
+                for name, size in regions.release().items():
+                    sys.stderr.write(f"released {name}, {size} bytes that a client left when it was killed\n")
 
     def _write_state(self) -> None:
         me = os.getpid()

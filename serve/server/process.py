@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
+import re
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 import uuid
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from serve.server import guard
+from serve.server.addresses import in_url, require_free_port
 from serve.server.check import check_repository
-from serve.server.install import Installation, TritonError, find_installation
-from serve.server.settings import ServerSettings, admin_key, server_command
-from serve.server.state import answers_ready, clear_up_after, load_state, state_file
+from serve.server.claims import Claims
+from serve.server.command_line import Identity, server_command
+from serve.server.install import TritonError, find_installation
+from serve.server.settings import ServerSettings, admin_key
+from serve.server.state import answers_ready, clear_up, load_state, state_file
 from unet.processes import signals_held_back
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-_SEGMENT_PREFIX = "unet-triton-"
-_POLL_S = 0.05
+_SEGMENT_PREFIX, _ID_PREFIX, _LINKS_PREFIX = "unet-triton-", "unet-triton-", "unet-triton-links-"
+# The python backend starts its processes by a line of shell, in which it does not quote these paths.
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+_TAKEN_PORT = re.compile(r"Socket '.+:(\d+)' already in use")
+_POLL_S, _METRICS_TIMEOUT_S = 0.05, 2.0
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_COLUMNS = 400
 
@@ -31,11 +36,15 @@ class TritonServer:
     """A server as a context manager: ready inside the block, gone after it, whatever ends the block.
 
     Beside the server runs its guard (``serve.server.guard``), which clears up even when this process is killed.
+
+    Attributes:
+        settings: how it runs; once it was started, with IP addresses in the place of names.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self._guard: subprocess.Popen[bytes] | None = None
+        self._claims = Claims()
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -57,30 +66,53 @@ class TritonServer:
             TritonError: there is nothing to serve, one runs already, a port is taken, or the server ends or hangs;
                 then its log's end is in the message.
         """
-        settings = self.settings
-        models = check_repository(settings.repository)
+        models = check_repository(self.settings.repository)
+        settings = self.settings = self.settings.resolved()
         settings.state_dir.mkdir(parents=True, exist_ok=True)
-        _require_none_running(settings.state_dir)
-        for name, port in settings.ports.items():
-            _require_free_port(settings.http_address if name == "http_port" else settings.address, name, port)
-        installation = find_installation(settings.state_dir.resolve())
-        settings.log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._launch(installation, models)
-            self._await_ready(models)
+            self._claim()
+            installation = find_installation(settings.state_dir.resolve())
+            settings.log.parent.mkdir(parents=True, exist_ok=True)
+            key_file, key = admin_key(settings)
+            identity = _identity(settings.repository.resolve(), installation.backends)
+            command = server_command(settings, installation, identity, models, key)
+            self._launch(command, installation.environment(), identity, models, key_file)
+            self._await_ready(identity.server_id, models, key)
         except BaseException:
             self.stop()
             raise
 
-    def _launch(self, installation: Installation, models: list[str]) -> None:
+    def _claim(self) -> None:
+        """Make state folder and ports this server's own, and clear up after a former one.
+
+        Raises:
+            TritonError: another server has them.
+        """
         settings = self.settings
-        prefix = f"{_SEGMENT_PREFIX}{uuid.uuid4().hex[:12]}-"
-        key_file, key = admin_key(settings)
+        if not self._claims.take_state(settings.state_dir):
+            state = load_state(settings.state_dir)
+            known = state is not None and state.is_kept
+            which = f"runs already (process {state.server_pid}, gRPC {state.grpc_url})" if state and known else "starts"
+            raise TritonError(
+                f"a server {which} with the state folder {settings.state_dir}: stop it with `make stop`, or give this "
+                "one another --state_dir"
+            )
+        clear_up(settings.state_dir)
+        self._claims.take_ports(settings.ports)
+        for name, port in settings.ports.items():
+            require_free_port(settings.http_address if name == "http_port" else settings.address, name, port)
+
+    def _launch(
+        self, command: list[str], environment: dict[str, str], identity: Identity, models: list[str], key_file: Path
+    ) -> None:
+        settings = self.settings
         task = {
-            "command": server_command(settings, installation, prefix, models, key),
+            "command": command,
             "state_file": str(state_file(settings.state_dir.resolve())),
             "state": {
-                "shm_prefix": prefix,
+                "server_id": identity.server_id,
+                "shm_prefix": identity.shm_prefix,
+                "links": identity.links,
                 "stop_timeout_s": settings.stop_timeout_s,
                 "address": settings.address,
                 "http_address": settings.http_address,
@@ -96,7 +128,7 @@ class TritonServer:
         with settings.log.open("wb") as log:
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", "-S", guard.__file__, json.dumps(task)],
-                env=installation.environment(),
+                env=environment,
                 cwd="/",
                 # The guard stops the server when this pipe ends, and it ends with this process.
                 stdin=subprocess.PIPE,
@@ -104,21 +136,39 @@ class TritonServer:
                 stderr=subprocess.STDOUT,
                 # A session of its own: a terminal's Ctrl-C reaches us, and we end the server in order.
                 start_new_session=True,
+                # The guard holds the claims as long as it lives.
+                pass_fds=self._claims.descriptors,
             )
 
-    def _await_ready(self, models: list[str]) -> None:
+    def _await_ready(self, server_id: str, models: list[str], key: str) -> None:
         assert self._guard is not None
         settings = self.settings
         deadline = time.monotonic() + settings.start_timeout_s
-        while not answers_ready(settings.http_address, settings.http_port, models):
+        while not (
+            answers_ready(settings.http_address, settings.http_port, models, server_id, key) and self._has_metrics()
+        ):
             # Waiting for the guard is the clock: an early end is noticed at once.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._guard.wait(_POLL_S)
-                raise TritonError(f"Triton ended while starting{self._log_tail()}")
+                raise TritonError(f"Triton ended while starting{self._taken_port() or self._log_tail()}")
             if time.monotonic() > deadline:
                 raise TritonError(
                     f"Triton was not ready after {settings.start_timeout_s:g} s and was stopped{self._log_tail()}"
                 )
+
+    def _has_metrics(self) -> bool:
+        url = f"http://{in_url(self.settings.address)}:{self.settings.metrics_port}/metrics"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(url, timeout=_METRICS_TIMEOUT_S):
+                return True
+        except OSError:
+            return False
+
+    def _taken_port(self) -> str:
+        """A port that another program took between our look at it and Triton's start."""
+        found = _TAKEN_PORT.search(self.settings.log.read_text(encoding="utf-8", errors="replace"))
+        return "" if found is None else f": port {found[1]} is in use: stop what uses it, or choose another port"
 
     def _log_tail(self) -> str:
         lines = self.settings.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -146,47 +196,48 @@ class TritonServer:
             self._guard.stdin.close()
         self._guard.returncode = 0  # Someone else's from now on.
         self._guard = None
+        self._claims.release()
 
     def stop(self) -> None:
         """End the server and its children, at the latest after ``stop_timeout_s``, and remove their shared memory."""
-        if self._guard is None:
-            return
-        assert self._guard.stdin is not None
         with signals_held_back():
-            with contextlib.suppress(BrokenPipeError):
-                self._guard.stdin.close()
-            try:
-                self._guard.wait(self.settings.stop_timeout_s + 2 * guard.SWEEP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._guard.kill()
-                self._guard.wait()
-            state = load_state(self.settings.state_dir)
-            if state is not None and state.guard_pid == self._guard.pid:
-                clear_up_after(state, self.settings.state_dir)
-            self._guard = None
+            if self._guard is not None:
+                self._end_guard(self._guard)
+                self._guard = None
+                clear_up(self.settings.state_dir)
+            self._claims.release()
 
-
-def _require_none_running(state_dir: Path) -> None:
-    state = load_state(state_dir)
-    if state is None:
-        return
-    if state.is_kept:
-        raise TritonError(
-            f"a server runs already (process {state.server_pid}, gRPC {state.address}:{state.grpc_port}): "
-            "stop it with `make stop`, or give this one another --state_dir"
-        )
-    clear_up_after(state, state_dir)
-
-
-def _require_free_port(address: str, name: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def _end_guard(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         try:
-            probe.bind((address, port))
-        except PermissionError as error:
-            raise TritonError(f"port {port} needs more rights than you have: choose another with --{name}") from error
-        except OSError as error:
-            raise TritonError(
-                f"port {port} of {address} cannot be listened on ({error.strerror}): stop what uses it, or choose "
-                f"another with --{name}"
-            ) from error
+            process.wait(self.settings.stop_timeout_s + 2 * guard.SWEEP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _identity(repository: Path, backends: Path) -> Identity:
+    """What the server to be started has for itself, with links in the place of paths that the backend cannot take.
+
+    Raises:
+        TritonError: there is no folder for such links.
+    """
+    word = uuid.uuid4().hex[:12]
+    prefix = f"{_SEGMENT_PREFIX}{uuid.uuid4().hex[:12]}-"
+    if _PLAIN_PATH.fullmatch(str(repository)) and _PLAIN_PATH.fullmatch(str(backends)):
+        return Identity(f"{_ID_PREFIX}{word}", prefix, repository, backends)
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if _PLAIN_PATH.fullmatch(parent):
+            with contextlib.suppress(OSError):
+                links = Path(tempfile.mkdtemp(prefix=_LINKS_PREFIX, dir=parent))
+                break
+    else:
+        raise TritonError(
+            f"the python backend takes no path with spaces or other special characters, as {repository} or {backends} "
+            "has, and no temporary folder can be written to that could hold links to them: name one with TMPDIR"
+        )
+    (links / "models").symlink_to(repository)
+    (links / "backends").symlink_to(backends)
+    return Identity(f"{_ID_PREFIX}{word}", prefix, links / "models", links / "backends", str(links))

@@ -1,27 +1,21 @@
-"""How a server runs, and the command line that says so to tritonserver."""
+"""How a server runs, and the key to its administration."""
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
+import dataclasses
 import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.server.install import Installation, TritonError
+from serve.server.addresses import in_url, is_loopback, listen_address
+from serve.server.install import TritonError
+from unet.config import setting
 
 MODEL_CONTROL = ("none", "explicit")
-# Header of the HTTP protocol; over gRPC it is called triton-grpc-protocol-admin-key.
-ADMIN_KEY_HEADER = "admin-key"
 
-_IN_FLIGHT_TIMEOUT_S = 10
 _ADMIN_KEY_FILE = "admin.key"
 _LEAST_KEY_LENGTH = 16
-_ADMIN_PROTOCOLS = ("model-repository", "trace", "logging")
-_SHARED_MEMORY_PROTOCOL = "shared-memory"
-_OTHER_PROTOCOLS = ("metadata", "inference", "model-config", "statistics")
-_NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True)
@@ -35,9 +29,9 @@ class ServerSettings:
         http_port: of the HTTP protocol, which also tells health.
         grpc_port: of the gRPC protocol.
         metrics_port: of Prometheus' metrics.
-        address: that gRPC and the metrics listen on.
-        http_address: that HTTP listens on. Clients speak gRPC, HTTP tells health, and the known holes of this Triton's
-            HTTP are open to whoever reaches it: so it stays on this machine, whatever ``address`` is.
+        address: that gRPC and the metrics listen on: IPv4, IPv6 or a name.
+        http_address: that HTTP listens on, likewise. Clients speak gRPC, HTTP tells health, and the known holes of this
+            Triton's HTTP are open to whoever reaches it: so it stays on this machine, whatever ``address`` is.
         start_timeout_s: longest wait for readiness.
         stop_timeout_s: longest wait for an orderly end, after which the server is killed.
         model_control: "none", or "explicit": models can be loaded and unloaded by whoever has the admin key.
@@ -51,19 +45,19 @@ class ServerSettings:
     repository: Path
     log: Path
     state_dir: Path
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    address: str = "127.0.0.1"
-    http_address: str = "127.0.0.1"
-    start_timeout_s: float = 120.0
-    stop_timeout_s: float = 30.0
-    model_control: str = "none"
-    admin_key_file: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    response_cache_mib: int = 0
+    http_port: int = setting(8000, "port of HTTP and health")
+    grpc_port: int = setting(8001, "port of gRPC")
+    metrics_port: int = setting(8002, "port of the metrics")
+    address: str = setting("127.0.0.1", "of gRPC and metrics, IPv4, IPv6 or a name; the default is this machine only")
+    http_address: str = setting("127.0.0.1", "of HTTP, which only health needs")
+    start_timeout_s: float = setting(120.0, "longest wait for readiness")
+    stop_timeout_s: float = setting(30.0, "longest wait for an orderly end")
+    model_control: str = setting("none", "explicit: the admin key loads and unloads", choices=MODEL_CONTROL)
+    admin_key_file: Path | None = setting(None, "file with that key; by default one in --state_dir", kind=Path)
+    tls_cert: Path | None = setting(None, "PEM certificate for gRPC; HTTP then tells health only", kind=Path)
+    tls_key: Path | None = setting(None, "PEM file with its private key", kind=Path)
+    tls_client_ca: Path | None = setting(None, "PEM authority whose certificates clients must show", kind=Path)
+    response_cache_mib: int = setting(0, "memory for answers that are kept; 0 keeps none")
 
     def __post_init__(self) -> None:
         for name, port in self.ports.items():
@@ -90,7 +84,7 @@ class ServerSettings:
     @property
     def is_local(self) -> bool:
         """Whether only this machine reaches gRPC."""
-        return _is_loopback(self.address)
+        return is_loopback(self.address)
 
     @property
     def ports(self) -> dict[str, int]:
@@ -100,18 +94,44 @@ class ServerSettings:
     @property
     def grpc_url(self) -> str:
         """Where clients connect."""
-        return f"{self.address}:{self.grpc_port}"
+        return f"{in_url(self.address)}:{self.grpc_port}"
 
     @property
     def http_url(self) -> str:
         """Where clients of the HTTP protocol connect."""
-        return f"{self.http_address}:{self.http_port}"
+        return f"{in_url(self.http_address)}:{self.http_port}"
+
+    def resolved(self) -> ServerSettings:
+        """The same with IP addresses in the place of names.
+
+        Raises:
+            TritonError: a name is not known.
+        """
+        return dataclasses.replace(
+            self, address=listen_address(self.address), http_address=listen_address(self.http_address)
+        )
 
 
-def _is_loopback(address: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address).is_loopback
-    return address == "localhost"
+@dataclass(frozen=True)
+class WatchSettings:
+    """How a server is watched.
+
+    Attributes:
+        interval_s: between one canary and the next, in seconds.
+        timeout_s: in which the server must answer the canary, or another request before it.
+        failures: in a row, after which a model is loaded again.
+    """
+
+    interval_s: float = setting(10.0, "seconds between canaries")
+    timeout_s: float = setting(60.0, "longest wait for a canary's answer, or for any other")
+    failures: int = setting(2, "failed canaries in a row after which a model is loaded again")
+
+    def __post_init__(self) -> None:
+        for name in ("interval_s", "timeout_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise TritonError(f"{name} is {getattr(self, name):g}; it must be positive")
+        if self.failures < 1:
+            raise TritonError(f"failures is {self.failures}; it must be at least 1")
 
 
 def admin_key(settings: ServerSettings) -> tuple[Path, str]:
@@ -121,11 +141,28 @@ def admin_key(settings: ServerSettings) -> tuple[Path, str]:
         TritonError: the file's content is too short for a key, or has characters that a header cannot carry.
     """
     path = settings.admin_key_file or settings.state_dir / _ADMIN_KEY_FILE
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(secrets.token_urlsafe(32) + "\n")
+    if not path.exists():
+        _write_key(path, secrets.token_urlsafe(32))
     return path, read_admin_key(path)
+
+
+def _write_key(path: Path, key: str) -> None:
+    """Write the file whole, for its owner alone, or not at all. The caller holds the lock of the state folder."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as stream:
+            stream.write(key + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise TritonError(
+            f"the admin key cannot be written to {path} ({error.strerror}): free some space, or choose another "
+            "--state_dir"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_admin_key(path: Path) -> str:
@@ -144,79 +181,3 @@ def read_admin_key(path: Path) -> str:
             "new one"
         )
     return key
-
-
-def server_command(
-    settings: ServerSettings, installation: Installation, shm_prefix: str, models: list[str], key: str
-) -> list[str]:
-    """The command line of tritonserver.
-
-    Args:
-        settings: how it runs.
-        installation: what runs.
-        shm_prefix: of the names of its shared memory.
-        models: what it serves.
-        key: the admin key.
-    """
-    flags: dict[str, object] = {
-        "model-repository": settings.repository.resolve(),
-        "backend-directory": installation.backends,
-        "cache-directory": installation.caches,
-        "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
-        # Safe by default: nobody can load models over the network, nothing listens beyond `address`.
-        "model-control-mode": settings.model_control,
-        "http-address": settings.http_address,
-        "http-port": settings.http_port,
-        "grpc-address": settings.address,
-        "grpc-port": settings.grpc_port,
-        "metrics-address": settings.address,
-        "metrics-port": settings.metrics_port,
-        "allow-sagemaker": "false",
-        "allow-vertex-ai": "false",
-        "strict-readiness": "true",
-        "exit-timeout-secs": _IN_FLIGHT_TIMEOUT_S,
-        "log-format": "ISO8601",
-        **_restrictions(settings, key),
-        **_encryption(settings),
-    }
-    if settings.response_cache_mib:
-        flags["cache-config"] = f"local,size={settings.response_cache_mib << 20}"
-    if not _NVIDIA_DRIVER.exists():
-        flags |= {"allow-gpu-metrics": "false", "pinned-memory-pool-byte-size": 0}
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    if settings.model_control == "explicit":
-        words += [f"--load-model={model}" for model in models]
-    # Configurations are written whole by `serve.repository`: completing them would start every model twice.
-    return [str(installation.server), *words, "--disable-auto-complete-config"]
-
-
-def _restrictions(settings: ServerSettings, key: str) -> dict[str, object]:
-    """What only the holder of the admin key may ask for.
-
-    Shared memory is for clients on this machine; from elsewhere it is a way to the python backend's own memory. With
-    TLS nothing that matters may go round it by HTTP, which Triton does not encrypt.
-    """
-    grpc, http = list(_ADMIN_PROTOCOLS), list(_ADMIN_PROTOCOLS)
-    if not settings.is_local:
-        grpc.append(_SHARED_MEMORY_PROTOCOL)
-    if settings.tls_cert is not None:
-        http += [_SHARED_MEMORY_PROTOCOL, *_OTHER_PROTOCOLS]
-    elif not _is_loopback(settings.http_address):
-        http.append(_SHARED_MEMORY_PROTOCOL)
-    return {
-        "grpc-restricted-protocol": f"{','.join(grpc)}:{ADMIN_KEY_HEADER}={key}",
-        "http-restricted-api": f"{','.join(http)}:{ADMIN_KEY_HEADER}={key}",
-    }
-
-
-def _encryption(settings: ServerSettings) -> dict[str, object]:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return {}
-    flags: dict[str, object] = {
-        "grpc-use-ssl": "true",
-        "grpc-server-cert": settings.tls_cert.resolve(),
-        "grpc-server-key": settings.tls_key.resolve(),
-    }
-    if settings.tls_client_ca is not None:
-        flags |= {"grpc-use-ssl-mutual": "true", "grpc-root-cert": settings.tls_client_ca.resolve()}
-    return flags

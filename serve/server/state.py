@@ -8,17 +8,26 @@ import json
 import os
 import select
 import signal
+import time
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from serve.server.guard import SWEEP_TIMEOUT_S, kill_group, remove_segments, start_ticks
+from serve.server.addresses import in_url
+from serve.server.claims import lock_state
+from serve.server.guard import (
+    ADMIN_KEY_HEADER,
+    SWEEP_TIMEOUT_S,
+    Regions,
+    kill_group,
+    remove_links,
+    remove_segments,
+    start_ticks,
+)
 from serve.server.install import TritonError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _STATE_FILE = "server.json"
 _HEALTH_TIMEOUT_S = 2.0
+_POLL_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -27,13 +36,21 @@ class ServerState:
 
     A process number alone may since have been given to another process, so each comes with its start, in clock ticks
     since boot.
+
+    Attributes:
+        server_id: a random word that the server itself gives as its name: whatever else answers on its port is not it.
+        address: IP address of gRPC and the metrics.
+        http_address: IP address of HTTP.
+        links: folder of links that the server was started with; empty if it needed none.
     """
 
     guard_pid: int
     guard_start: int
     server_pid: int
     server_start: int
+    server_id: str
     shm_prefix: str
+    links: str
     stop_timeout_s: float
     address: str
     http_address: str
@@ -46,14 +63,37 @@ class ServerState:
     admin_key_file: str
 
     @property
+    def grpc_url(self) -> str:
+        """Where clients connect."""
+        return f"{in_url(self.address)}:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        """Where clients of the HTTP protocol connect."""
+        return f"{in_url(self.http_address)}:{self.http_port}"
+
+    @property
     def is_kept(self) -> bool:
         """Whether its guard lives; if not, whatever is left of the server is an orphan."""
         return start_ticks(self.guard_pid) == self.guard_start
 
     @property
     def is_ready(self) -> bool:
-        """Whether the server and all its models answer that they are."""
-        return answers_ready(self.http_address, self.http_port, self.models)
+        """Whether this very server says that it and all its models are ready."""
+        return answers_ready(self.http_address, self.http_port, self.models, self.server_id, self.admin_key)
+
+    @property
+    def admin_key(self) -> str:
+        """The admin key; empty for users who cannot read it."""
+        try:
+            return Path(self.admin_key_file).read_text(encoding="utf-8").strip()
+        except OSError:
+            return ""
+
+    @property
+    def regions(self) -> Regions:
+        """The shared memory that clients have registered with it."""
+        return Regions(self.http_address, self.http_port, self.admin_key)
 
 
 def state_file(state_dir: Path) -> Path:
@@ -77,21 +117,53 @@ def load_state(state_dir: Path) -> ServerState | None:
         raise TritonError(f"{path} is not the state of a server: see with ps what runs, and delete it") from error
 
 
-def answers_ready(http_address: str, http_port: int, models: list[str]) -> bool:
-    """Whether the server behind a port, and every one of ``models`` in it, says that it is ready."""
+def server_name(http_address: str, http_port: int, key: str) -> str:
+    """The name that the server behind a port gives, which is its ``server_id`` if this project started it.
+
+    Raises:
+        OSError: no server answers there.
+    """
+    try:
+        return str(json.loads(_get(http_address, http_port, key, ["/v2"]))["name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"what answers at port {http_port} is no Triton") from error
+
+
+def answers_ready(http_address: str, http_port: int, models: list[str], server_id: str, key: str) -> bool:
+    """Whether a server, and every one of ``models`` in it, says that it is ready.
+
+    Args:
+        http_address: IP address of its HTTP.
+        http_port: its port.
+        models: that must be ready.
+        server_id: the name that it must give; another server's answer does not count.
+        key: the admin key.
+    """
+    paths = ["/v2/health/ready", *(f"/v2/models/{model}/ready" for model in models)]
+    try:
+        if server_name(http_address, http_port, key) != server_id:
+            return False
+        _get(http_address, http_port, key, paths)
+    except OSError:
+        return False
+    return True
+
+
+def _get(http_address: str, http_port: int, key: str, paths: list[str]) -> bytes:
+    """The last of some pages of one server, each of which must be there."""
     connection = http.client.HTTPConnection(http_address, http_port, timeout=_HEALTH_TIMEOUT_S)
     try:
-        for path in ("/v2/health/ready", *(f"/v2/models/{model}/ready" for model in models)):
-            connection.request("GET", path)
+        for path in paths:
+            connection.request("GET", path, headers={ADMIN_KEY_HEADER: key})
             response = connection.getresponse()
-            response.read()
+            body = response.read()
             if response.status != http.HTTPStatus.OK:
-                return False
-    except (OSError, http.client.HTTPException):
-        return False
+                raise OSError(f"port {http_port} answers {path} with {response.status} {response.reason}")
+    except http.client.HTTPException as error:
+        raise OSError(f"what answers at port {http_port} does not speak HTTP") from error
     finally:
         connection.close()
-    return True
+    return body
 
 
 def stop_kept(state_dir: Path) -> bool:
@@ -112,15 +184,31 @@ def stop_kept(state_dir: Path) -> bool:
             _end_guard(state)
         except PermissionError as error:
             raise TritonError(f"process {state.guard_pid} belongs to another user, who must stop it") from error
-    clear_up_after(state, state_dir)
+    lock = lock_state(state_dir)
+    if lock is not None:  # else another server is being started there, which clears up itself
+        try:
+            clear_up(state_dir)
+        finally:
+            os.close(lock)
     return was_running
 
 
-def clear_up_after(state: ServerState, state_dir: Path) -> None:
-    """Remove what is left of a server whose guard is no more: nothing, unless the guard was killed."""
+def clear_up(state_dir: Path) -> None:
+    """Remove what is left of a server whose guard is no more: nothing, unless the guard was killed.
+
+    Whoever calls this holds the folder's lock, so that no other server's state is removed.
+    """
+    state = load_state(state_dir)
+    if state is None or state.is_kept:
+        return
     if start_ticks(state.server_pid) == state.server_start:
         kill_group(state.server_pid)
+        # Its ports are free when it is gone.
+        deadline = time.monotonic() + SWEEP_TIMEOUT_S
+        while start_ticks(state.server_pid) == state.server_start and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
     remove_segments(state.shm_prefix)
+    remove_links(state.links)
     state_file(state_dir).unlink(missing_ok=True)
 
 

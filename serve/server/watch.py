@@ -1,7 +1,8 @@
-"""Watches a running server: a model that says ready and does not answer is loaded anew.
+"""Watches a running server: a model that says it is ready and does not answer is loaded again.
 
-Triton goes on calling a model ready whose python backend has died, and leaves its requests without an answer. So the
-backend's processes are looked at, and a real request, the canary, is sent now and then.
+Triton still calls a model ready when its python backend has died, and leaves its requests without an answer. So the
+watcher looks at the backend's processes, and sends a real request, the canary, now and then. A canary that waits behind
+other requests does not count as a failure as long as the server answers those.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import contextlib
 import os
 import select
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -21,27 +22,8 @@ from serve.server.guard import start_ticks
 from serve.server.install import TritonError
 from unet.errors import say
 
-
-@dataclass(frozen=True)
-class WatchSettings:
-    """How a server is watched.
-
-    Attributes:
-        interval_s: between one canary and the next, in seconds.
-        timeout_s: longest wait for a canary's answer, which queues like any request.
-        failures: in a row, after which a model is loaded anew.
-    """
-
-    interval_s: float = 10.0
-    timeout_s: float = 60.0
-    failures: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("interval_s", "timeout_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise TritonError(f"{name} is {getattr(self, name):g}; it must be positive")
-        if self.failures < 1:
-            raise TritonError(f"failures is {self.failures}; it must be at least 1")
+if TYPE_CHECKING:
+    from serve.server.settings import WatchSettings
 
 
 class Watcher:
@@ -77,7 +59,7 @@ class Watcher:
                 os.close(guard)
 
     def look(self) -> None:
-        """Load anew every model of which a process has died, or which failed its canary often enough."""
+        """Load again every model of which a process has died, or which failed its canary often enough."""
         for model in self._bereaved():
             say(f"a process of {model} has died")
             self._reload(model)
@@ -118,9 +100,9 @@ class Watcher:
         try:
             self._control.reload(model)
         except TritonError as error:
-            say(f"{model} could not be loaded anew: {error}")
+            say(f"{model} could not be loaded again: {error}")
         else:
-            say(f"{model} was loaded anew in {time.monotonic() - started:.1f} s")
+            say(f"{model} was loaded again in {time.monotonic() - started:.1f} s")
 
 
 def watch(state_dir: Path, settings: WatchSettings) -> None:

@@ -21,7 +21,7 @@ from serve.measure.levels import Load, Sample
 from serve.measure.meter import Meter, ServerCounts, server_process
 from serve.measure.perf_analyzer import COLUMNS
 from serve.measure.rows import Row, lone_rows, refusal, summarise
-from serve.triton import TritonServer
+from serve.server.process import TritonServer
 from unet.files import sha256_of
 from unet.machine import usable_cores
 

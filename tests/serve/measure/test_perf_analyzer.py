@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from serve.measure.perf_analyzer import COLUMNS, PerfAnalyzer, PerfAnalyzerError, read_report
-from serve.triton import TritonServer
+from serve.server.process import TritonServer
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

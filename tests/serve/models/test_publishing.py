@@ -164,7 +164,7 @@ def test_model_control_and_the_rest_of_administration_need_the_key(explicit: Tri
     assert state is not None
     key_file = Path(state.admin_key_file)
     assert key_file.stat().st_mode & 0o777 == 0o600
-    wrong = ModelControl(state.http_address, state.http_port, "x" * 20)
+    wrong = ModelControl(state, "x" * 20)
     with pytest.raises(TritonError, match=r"restricted"):
         wrong.reload("unet")
     with (

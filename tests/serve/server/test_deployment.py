@@ -20,9 +20,10 @@ import yaml
 
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
+from serve.server.command_line import Identity, server_command
 from serve.server.install import find_installation
 from serve.server.process import TritonServer
-from serve.server.settings import ServerSettings, server_command
+from serve.server.settings import ServerSettings
 from serve.server.state import answers_ready
 from unet.processes import child, free_ports
 
@@ -205,7 +206,7 @@ def started(folder: Path, models: Path, **variables: str) -> Iterator[int]:
     environment["PATH"] = f"{environment['PATH'].split(os.pathsep)[0]}{os.pathsep}{programs}:/usr/bin:/bin"
     line = [str(DOCKER / "serve.sh"), *flags, *ports, "--backend-config=python,shm-region-prefix-name=unet-triton-sh-"]
     with child(line, log=folder / "log", environment=environment) as process:
-        while not answers_ready("127.0.0.1", http, ["unet"]):
+        while not answers_ready("127.0.0.1", http, ["unet"], "triton", key=""):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.05)
                 raise AssertionError((folder / "log").read_text())
@@ -237,10 +238,10 @@ def test_the_container_is_started_as_the_server_here_is(tmp_path: Path) -> None:
     script = (DOCKER / "serve.sh").read_text(encoding="utf-8")
     settings = ServerSettings(Path("models"), Path("log"), Path("state"), address="0.0.0.0")
     installation = find_installation(tmp_path)
-    flags = server_command(settings, installation, "prefix", ["unet"], "KEY" * 8)
+    flags = server_command(settings, installation, Identity("id", "", tmp_path, tmp_path), ["unet"], "KEY" * 8)
     for flag in flags[1:]:
         name = flag.partition("=")[0]
-        if name.endswith(("-address", "-port", "-directory", "-repository", "-config", "-size", "-metrics")):
+        if name.endswith(("-address", "-port", "-directory", "-repository", "-config", "-size", "-metrics", "--id")):
             continue
         if name in ("--grpc-restricted-protocol", "--http-restricted-api"):
             locked = set(flag.partition("=")[2].partition(":")[0].split(","))

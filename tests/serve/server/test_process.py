@@ -19,11 +19,13 @@ import pytest
 
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
+from serve.server.command_line import Identity, server_command
 from serve.server.install import TritonError, find_installation
 from serve.server.process import TritonServer
-from serve.server.settings import ServerSettings, server_command
+from serve.server.settings import ServerSettings
 from serve.server.state import ServerState, load_state
 from serve.triton import main
+from unet.card import CardError
 
 MakeSettings = Callable[..., ServerSettings]
 TIMEOUT_S = 60.0
@@ -319,7 +321,7 @@ def test_a_start_up_that_hangs_is_bounded_and_reported(repository: Path, setting
 def test_a_model_that_cannot_be_loaded_is_reported_at_once(repository: Path, settings_for: MakeSettings) -> None:
     with (repository / "unet" / "1" / "model.fp16.onnx").open("ab") as stream:
         stream.write(b"\0")
-    with pytest.raises(TritonError, match=r"ended while starting(?s:.*)is not the file that its card describes"):
+    with pytest.raises(CardError, match="is not the file that its card describes"):
         TritonServer(settings_for(repository)).start()
 
 
@@ -370,11 +372,12 @@ def test_what_would_make_triton_hang_or_fail_is_found_before_it_starts(
 def test_open_to_the_network_http_and_shared_memory_stay_on_this_machine(tmp_path: Path) -> None:
     settings = ServerSettings(tmp_path, tmp_path, tmp_path, address="0.0.0.0")
     installation = find_installation(tmp_path)
-    flags = dict(flag.partition("=")[::2] for flag in server_command(settings, installation, "prefix", [], "KEY"))
+    identity = Identity("id", "prefix", tmp_path, installation.backends)
+    flags = dict(flag.partition("=")[::2] for flag in server_command(settings, installation, identity, [], "KEY"))
     assert (flags["--http-address"], flags["--grpc-address"]) == ("127.0.0.1", "0.0.0.0")
     assert flags["--grpc-restricted-protocol"] == "model-repository,trace,logging,shared-memory:admin-key=KEY"
     both = ServerSettings(tmp_path, tmp_path, tmp_path, address="0.0.0.0", http_address="0.0.0.0")
-    flags = dict(flag.partition("=")[::2] for flag in server_command(both, installation, "prefix", [], "KEY"))
+    flags = dict(flag.partition("=")[::2] for flag in server_command(both, installation, identity, [], "KEY"))
     assert flags["--http-restricted-api"] == "model-repository,trace,logging,shared-memory:admin-key=KEY"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -15,9 +17,9 @@ from serve.models.publish import publish
 from serve.server.control import control_of
 from serve.server.install import TritonError
 from serve.server.process import TritonServer
-from serve.server.settings import ServerSettings
-from serve.server.state import answers_ready
-from serve.server.watch import Watcher, WatchSettings
+from serve.server.settings import ServerSettings, WatchSettings
+from serve.server.state import load_state
+from serve.server.watch import Watcher
 from serve.triton import main
 from unet.processes import free_ports
 
@@ -77,7 +79,7 @@ def test_a_model_whose_process_died_says_ready_and_is_loaded_anew(explicit: Trit
         while (said := watcher.stdout.readline()).startswith("canary"):
             pass
         assert said == "a process of unet has died\n"
-        assert watcher.stdout.readline().startswith("unet was loaded anew in ")
+        assert watcher.stdout.readline().startswith("unet was loaded again in ")
         control.canary("unet", CANARY_TIMEOUT_S)
         assert killed.pid not in {child.pid for child in living_children(explicit)}
         # It ends with the server.
@@ -94,7 +96,9 @@ def test_a_model_that_gives_no_answer_is_loaded_anew(
     settings = explicit.settings
     kill_stub(explicit)
     # This is why a canary is needed.
-    assert answers_ready(settings.http_address, settings.http_port, ["unet"])
+    state = load_state(settings.state_dir)
+    assert state is not None
+    assert state.is_ready
     # It never saw the process alive.
     watcher = Watcher(settings.state_dir, WatchSettings(timeout_s=1, failures=2))
     watcher.look()
@@ -102,7 +106,7 @@ def test_a_model_that_gives_no_answer_is_loaded_anew(
     watcher.look()
     said = capsys.readouterr().out
     assert "canary 2 of 2 of unet failed: " in said
-    assert "unet was loaded anew in " in said
+    assert "unet was loaded again in " in said
     control_of(settings.state_dir).canary("unet", CANARY_TIMEOUT_S)
 
 
@@ -125,13 +129,16 @@ def test_a_server_in_the_foreground_is_watched_until_it_is_stopped(tiny_artefact
         server.communicate()
 
 
-def test_a_full_queue_is_no_reason_to_load_anew(tiny_artefacts: Path, tmp_path: Path) -> None:
-    published = publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_queue_size=1, max_batch_size=1))
+@pytest.fixture
+def gated(tiny_artefacts: Path, tmp_path: Path) -> Iterator[tuple[TritonServer, Path]]:
+    """A server whose passes take 0.3 s each, and as long as a file, the gate, exists."""
+    published = publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_queue_size=4, max_batch_size=1))
     gate = tmp_path / "gate"
     slow = (
         "\nimport os\nimport time\n"
         "class TritonPythonModel(TritonPythonModel):\n"
         "    def execute(self, requests):\n"
+        "        time.sleep(0.3)\n"
         f"        while os.path.exists({str(gate)!r}):\n"
         "            time.sleep(0.01)\n"
         "        return super().execute(requests)\n"
@@ -140,25 +147,59 @@ def test_a_full_queue_is_no_reason_to_load_anew(tiny_artefacts: Path, tmp_path: 
         stream.write(slow)
     http, grpc, metrics = free_ports(3)
     settings = ServerSettings(
-        tmp_path / "models", tmp_path / "log", tmp_path / "state", http, grpc, metrics, model_control="explicit"
+        *(tmp_path / "models", tmp_path / "log", tmp_path / "state", http, grpc, metrics),
+        model_control="explicit",
+        stop_timeout_s=5,
     )
-    with TritonServer(settings):
-        control = control_of(settings.state_dir)
-        gate.touch()
-        answered = threading.Event()
+    with TritonServer(settings) as server:
+        yield server, gate
 
-        def ask() -> None:
-            control.canary("unet", CANARY_TIMEOUT_S)
-            answered.set()
 
-        # Two under way, one in the queue, and what the batcher holds: some of these find the queue full.
-        clients = [threading.Thread(target=ask) for _ in range(8)]
-        for client in clients:
-            client.start()
-        assert answered.wait(CANARY_TIMEOUT_S)
-        gate.unlink()
+@contextlib.contextmanager
+def crowd(server: TritonServer, count: int) -> Iterator[None]:
+    """Clients that send tile after tile, refused or not."""
+    from tritonclient import grpc
+    from tritonclient.utils import InferenceServerException
+
+    enough = threading.Event()
+
+    def ask() -> None:
+        tensor = grpc.InferInput("image", [1, 1, 204, 204], "UINT8")
+        tensor.set_data_from_numpy(np.zeros((1, 1, 204, 204), np.uint8))
+        with grpc.InferenceServerClient(server.settings.grpc_url) as client:
+            while not enough.is_set():
+                with contextlib.suppress(InferenceServerException):
+                    client.infer("unet", [tensor], client_timeout=CANARY_TIMEOUT_S)
+
+    clients = [threading.Thread(target=ask) for _ in range(count)]
+    for client in clients:
+        client.start()
+    try:
+        yield
+    finally:
+        enough.set()
         for client in clients:
             client.join()
+
+
+def test_a_busy_model_is_not_loaded_again_and_one_that_hangs_is_noticed(
+    gated: tuple[TritonServer, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, gate = gated
+    watcher = Watcher(server.settings.state_dir, WatchSettings(timeout_s=1, failures=1))
+    with crowd(server, 8):
+        # Eight wait for the two that are under way: a canary gets no turn in a second, or finds the queue full.
+        for _ in range(3):
+            watcher.look()
+        assert capsys.readouterr().out == ""
+        assert main(["status", "--state_dir", str(server.settings.state_dir)]) == 0
+        assert capsys.readouterr().out.startswith("ready: ")
+        gate.touch()
+        try:
+            with pytest.raises(TritonError, match="answered neither the canary of unet nor any other request"):
+                control_of(server.settings.state_dir).canary("unet", 1)
+        finally:
+            gate.unlink()
 
 
 def test_watching_needs_a_server_with_model_control(
