@@ -10,13 +10,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from tools import recipe
+from tools.progress import Progress, follow, in_words
 from unet.errors import UnetError, command, say
 from unet.processes import MemoryWatch, child, free_ports
 from unet.volume import StackReader, StackWriter
@@ -28,32 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 # Marks a folder as one that the demo made and may clear.
 MARK = ".unet-demo"
-
-# Of a stack of 30 slices, fold 4 is slices 24 to 29.
-RECIPE = {
-    "crossvalidation_idx": "4",
-    "base_filters": "16",
-    "tile_size": "444",
-    "max_steps": "1600",
-    "optimizer": "adam",
-    "learning_rate": "0.001",
-    "lr_schedule": "cosine",
-    "lr_warmup_steps": "100",
-    "weight_decay": "0",
-    "dropout": "0.2",
-    "membrane_weight": "2",
-    "evaluate_every": "400",
-    "augment": "",
-    "use_amp": "",
-}
-QUICK_FLAGS = {
-    **RECIPE,
-    "base_filters": "4",
-    "tile_size": "236",
-    "max_steps": "20",
-    "evaluate_every": "10",
-    "log_every": "10",
-}
+LOGS = "logs"
+LOG_NAME = "log.json"
 
 REAL_DATA = (
     "The real slices (ISBI 2012, free for non-commercial work) come by `.venv/bin/python train/download_dataset.py "
@@ -67,14 +42,23 @@ class DemoError(UnetError):
 
 @dataclass
 class Demo:
-    """The demo's files, its commands, and what they came to."""
+    """The demo's files, its commands, and what they came to.
+
+    Attributes:
+        flags: of the trainer.
+        minutes: training takes no longer.
+        durations_s: of the steps done.
+        slowness: how much longer this machine's processor takes than `recipe.USUAL_S` has it.
+    """
 
     data_dir: Path
     out: Path
     repository: Path
     flags: Mapping[str, str]
-    batch_sizes: Sequence[int]
+    minutes: float
+    benchmark_flags: Sequence[str]
     durations_s: dict[str, float] = field(default_factory=dict)
+    slowness: float = 1.0
 
     @property
     def results(self) -> Path:
@@ -85,6 +69,14 @@ class Demo:
     def artefacts(self) -> Path:
         """What the exporter writes."""
         return self.out / "artefacts"
+
+    def usual_s(self, title: str) -> float:
+        """Seconds that a step is expected to take here."""
+        return recipe.USUAL_S[title] * (1.0 if title in recipe.CLOCKED else self.slowness)
+
+    def rest_s(self) -> float:
+        """Seconds that the steps after the training are expected to take."""
+        return sum(self.usual_s(title) for title in recipe.USUAL_S if title != "synthetic stack")
 
     def prepare(self, size: int) -> None:
         """Clear what a former demo left, and take the synthetic stack where there are no real slices."""
@@ -104,70 +96,94 @@ class Demo:
     def summarise(self, peak_bytes: int) -> None:
         """Where everything is, how long it took and how much memory."""
         say("\n== what there is now")
-        for path, meaning in (
+        found = (
             (self.results / "saved_model", "the trained network"),
             (self.artefacts, "ONNX, FP16 ONNX and the card with their history"),
             (self.repository, "what Triton serves"),
             (self.out / "test-volume-probability.tif", "non-membrane probability of the test stack"),
             (self.out / "test-volume-overlay.png", "its first slice with the membrane drawn over it"),
             (self.out / "benchmark", "the benchmark's tables"),
-            (self.out / "train.log", "what the trainer said"),
-        ):
-            say(f"{path!s:42} {meaning}")
+            (self.out / LOGS, "what each step said"),
+        )
+        width = max(len(str(path)) for path, _ in found)
+        for path, meaning in found:
+            say(f"{path!s:{width}}  {meaning}")
         total = sum(self.durations_s.values())
         say(", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.durations_s.items()))
         say(f"{total / 60:.1f} minutes in all, {peak_bytes / 2**30:.2f} GiB of resident memory at most")
+        say("next: `make report` draws it all on one page, `make serve` serves the network, `make help` lists the rest")
 
-    def run(self, title: str, *words: str | Path, log: Path | None = None) -> None:
-        """Say and run one command; a failure ends the demo."""
-        say(f"\n== {title}")
-        started = time.monotonic()
-        with self._start(words, log) as process:
-            code = process.wait()
-        self._finish(title, started, code, words, log)
+    def run(self, title: str, *words: str | Path) -> None:
+        """Say and run one command, with a sign of life while it says nothing; a failure ends the demo."""
+        progress = Progress(title, self.usual_s(title))
+        with self._step(title, progress, words) as (process, log):
+            for text in follow(process, log):
+                if text is None:
+                    progress.pulse()
+                else:
+                    progress.line(text)
 
-    def _start(self, words: Sequence[str | Path], log: Path | None) -> Any:
+    @contextlib.contextmanager
+    def _step(
+        self, title: str, progress: Progress, words: Sequence[str | Path]
+    ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+        """A command under way and the file that takes its output.
+
+        Raises:
+            DemoError: it failed.
+        """
         line = [str(word) for word in words]
-        say(f"$ {shlex.join(line)}")
+        say(f"\n== {title}\n$ {shlex.join(line)}")
         folder = str(Path(sys.executable).parent)
         environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        return child(line, log=log, environment=environment)
-
-    def _finish(self, title: str, started: float, code: int, words: Sequence[str | Path], log: Path | None) -> None:
-        self.durations_s[title] = time.monotonic() - started
+        log = self.out / LOGS / f"{title.replace(' ', '-').lower()}.log"
+        log.parent.mkdir(exist_ok=True)
+        try:
+            with child(line, log=log, environment=environment) as process:
+                yield process, log
+                code = process.wait()
+        finally:
+            progress.clear()
+        self.durations_s[title] = progress.elapsed_s
         if code:
-            if log is not None:
-                say(log.read_text(encoding="utf-8", errors="replace")[-3000:])
-            raise DemoError(f"`{words[0]} {words[1]} ...` ended with exit code {code}; what it said is above")
+            raise DemoError(f"the step {title!r} failed (exit code {code}); everything that it said is in {log}")
 
     def train(self) -> None:
-        """Train on two Horovod ranks, with a bar fed from the run's log."""
-        say(f"\n== train ({RANKS} Horovod ranks)")
-        started = time.monotonic()
-        words: tuple[str | Path, ...] = (
-            *("horovodrun", "-np", str(RANKS), "--gloo", "python", "train/main.py", "--exec_mode", "train"),
-            *("--data_dir", self.data_dir, "--model_dir", self.results),
-            *(word for name, value in self.flags.items() for word in (f"--{name}", value) if word),
-        )
-        log = self.out / "train.log"
-        with self._start(words, log) as process:
-            self._follow(process)
-            code = process.wait()
-        self._finish("train", started, code, words, log)
-
-    def _follow(self, process: Any) -> None:
-        """Show the trainer's progress until it ends."""
-        with tqdm(total=int(self.flags["max_steps"]), unit="step", disable=None) as bar:
-            for event in follow_log(self.results / "log.json", process):
+        """As many steps as fit into the minutes, in one process, with progress from its log."""
+        words = recipe.trainer_line(self.data_dir, self.results, {**self.flags, "max_minutes": f"{self.minutes:g}"})
+        progress = Progress("train", self.minutes * 60)
+        share, note, total = None, "starting", 0
+        with self._step("train", progress, words) as (process, log):
+            for text in follow(process, self.results / LOG_NAME):
+                if text is None:
+                    progress.pulse(share, note)
+                    continue
+                event = json.loads(text.removeprefix("DLLL "))
                 step, data = event["step"], event["data"]
-                if isinstance(step, int):
-                    bar.update(step - bar.n)
-                if "loss" in data and isinstance(step, int):
-                    bar.set_postfix(loss=f"{data['loss']:.4f}")
-                    if bar.disable:
-                        say(f"step {step} of {bar.total}: loss {data['loss']:.4f}, {data['img_per_s']:.2f} img/s")
+                if "step_s" in data:
+                    total = data["max_steps"]
+                    self._announce(progress, step, total, data["step_s"])
+                if "img_per_s" in data:
+                    share = step / total if total else None
+                    note = f"step {step}, loss {data['loss']:.4f}, {data['img_per_s']:.1f} img/s"
                 if "dice" in data:
-                    bar.write(f"step {step}: held-out Dice {data['dice']:.4f}")
+                    progress.line(f"   step {step}: held-out Dice {data['dice']:.4f}")
+            if process.wait():
+                progress.line(log.read_text(encoding="utf-8", errors="replace")[-3000:])
+
+    def _announce(self, progress: Progress, step: int, total: int, step_s: float) -> None:
+        """Say how long everything will take, now that the machine's speed is known."""
+        self.slowness = max(1.0, step_s / recipe.REFERENCE_STEP_S)
+        left_s = (total - step) * step_s
+        progress.line(
+            f"   a step takes {step_s:.2f} s here: {total} steps, {in_words(left_s)} more of training, "
+            f"then {in_words(self.rest_s())} until everything is done"
+        )
+
+    def ranks(self) -> None:
+        """A few steps of a tiny network on two Horovod ranks, to show that they train together on this machine."""
+        words = recipe.trainer_line(self.data_dir, self.out / "two-ranks", recipe.RANK_FLAGS)
+        self.run("two Horovod ranks", "horovodrun", "-np", str(RANKS), "--gloo", *words)
 
     def export(self) -> None:
         """SavedModel to ONNX, FP16 and this machine's engine, each compared with the one before."""
@@ -224,26 +240,8 @@ class Demo:
             "benchmark",
             *("python", "serve/benchmark.py", "--url", url, "--artefacts", self.artefacts),
             *("--out", self.out / "benchmark"),
-            *("--batch_sizes", *(str(size) for size in self.batch_sizes)),
+            *self.benchmark_flags,
         )
-
-
-def follow_log(path: Path, process: Any) -> Iterator[dict[str, Any]]:
-    """The events of a run's ``log.json``, as they are written, until ``process`` has ended."""
-    position = 0
-    while True:
-        ended = process.poll() is not None
-        if path.exists():
-            with path.open(encoding="utf-8") as stream:
-                stream.seek(position)
-                while (line := stream.readline()).endswith("\n"):
-                    position = stream.tell()
-                    yield json.loads(line[len("DLLL ") :])
-        if ended:
-            return
-        # The wait for the process is the clock: it returns at once when the process ends.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
 
 
 @command
@@ -253,20 +251,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder with train-volume.tif and so on")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that the demo writes")
     parser.add_argument("--model_repository", type=Path, default=Path("model_repository"), help="where it publishes")
+    default = f"{recipe.FLAGS['max_steps']} steps, at most {recipe.MINUTES:g} minutes"
+    parser.add_argument("--minutes", type=float, help=f"of training (default: {default})")
     parser.add_argument("--quick", action="store_true", help="a tiny network for a few steps: checks, shows nothing")
     chosen = parser.parse_args(argv)
     data_dir, out, repository = (path.resolve() for path in (chosen.data_dir, chosen.out, chosen.model_repository))
     os.chdir(ROOT)
+    flags = recipe.QUICK_FLAGS if chosen.quick else recipe.FLAGS
+    if chosen.minutes is not None:
+        if not chosen.minutes > 0:
+            parser.error("--minutes must be positive")
+        flags = {**flags, "max_steps": recipe.NO_LIMIT}
     demo = Demo(
         data_dir=_relative(data_dir),
         out=_relative(out),
         repository=_relative(repository),
-        flags=QUICK_FLAGS if chosen.quick else RECIPE,
-        batch_sizes=(1,) if chosen.quick else (1, 8, 16),
+        flags=flags,
+        minutes=chosen.minutes or recipe.MINUTES,
+        benchmark_flags=recipe.QUICK_BENCHMARK if chosen.quick else recipe.BENCHMARK,
     )
     with MemoryWatch() as memory:
         demo.prepare(size=256 if chosen.quick else 512)
+        say(
+            f"this takes at most {demo.minutes:g} minutes of training, then about {in_words(demo.rest_s())} for the "
+            "rest; how long exactly is said after the first steps"
+        )
         demo.train()
+        demo.ranks()
         demo.export()
         demo.publish()
         with demo.server() as url:

@@ -71,7 +71,7 @@ def test_the_demo_says_where_everything_is(
 ) -> None:
     said = output_of(transcript, "make demo")
     assert "does not exist: taking a synthetic stack instead" in said
-    for name in ("result/saved_model", "artefacts", "test-volume-overlay.png", "benchmark", "train.log"):
+    for name in ("result/saved_model", "artefacts", "test-volume-overlay.png", "benchmark", "logs"):
         assert f"demo/{name}" in said
         assert (checkout / "demo" / name).exists()
     assert "V_rand thin" in said
