@@ -43,15 +43,23 @@ demo: install  ## train briefly, export, serve, segment, score and benchmark
 
 .PHONY: test
 test: install  ## the tests, under ten minutes on two cores
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not images"
 
 .PHONY: test-slow
 test-slow: install  ## the tests that take longer
-	@$(BIN)/python -m pytest -m "slow and not gpu"
+	@$(BIN)/python -m pytest -m "slow and not gpu and not images"
 
 .PHONY: test-gpu
 test-gpu: install  ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu
+
+.PHONY: images
+images:  ## build the CPU images of server and trainer, with Docker or buildah
+	@docker/images.sh
+
+.PHONY: test-images
+test-images: install  ## run the images that `make images` built (needs buildah)
+	@$(BIN)/python -m pytest -m images
 
 .PHONY: lint
 lint: install  ## ruff
