@@ -61,6 +61,12 @@ images:  ## build the CPU images of server and trainer, with Docker or buildah
 test-images: install  ## run the images that `make images` built (needs buildah)
 	@$(BIN)/python -m pytest -m images
 
+.PHONY: install-helm
+install-helm: .cache/helm/helm  ## Helm, for the tests of the chart in docker/helm
+
+.cache/helm/helm: tools/install_helm.py | $(VENV)/.installed
+	@$(BIN)/python -m tools.install_helm --out $@
+
 .PHONY: lint
 lint: install  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -138,19 +138,128 @@ def test_every_metric_that_is_asked_for_is_one_of_this_server(triton_server: Tri
     with urllib.request.urlopen(url) as answer:
         exported = set(re.findall(r"^# TYPE (\w+) ", answer.read().decode(), re.MULTILINE))
     asked = set()
-    for path in (DASHBOARD, DOCKER / "prometheus" / "rules.yml", DOCKER / "kubernetes" / "queue-metric.yaml"):
+    for path in (DASHBOARD, DOCKER / "prometheus" / "rules.yml", DOCKER / "helm" / "adapter-values.yaml"):
         asked |= set(re.findall(r"nv_\w+", path.read_text(encoding="utf-8")))
     assert "nv_inference_queue_duration_us" in asked
     assert asked - GPU_METRICS <= exported
 
 
-@pytest.mark.parametrize("version", ["1.29", "1.37"])
-def test_kubernetes_takes_the_manifests(version: str) -> None:
+# Each is a way to install the chart, and the kinds that it makes beside the server's own.
+CHARTS: dict[str, tuple[list[str], set[str]]] = {
+    "cpu": ([], set()),
+    "gpu": (
+        ["device=gpu", "autoscaling.kind=hpa", "metrics.serviceMonitor=true"],
+        {"HorizontalPodAutoscaler", "ServiceMonitor"},
+    ),
+    "keda": (["autoscaling.kind=keda", "model.source=url", "model.url=:s3:bucket/models"], {"ScaledObject"}),
+    "locked": (
+        [
+            "tls.secret=tls",
+            "tls.clientCertificates=true",
+            "adminKeySecret=admin",
+            "model.source=claim",
+            "model.claim=m",
+        ],
+        set(),
+    ),
+}
+KINDS = {"Deployment", "Service", "NetworkPolicy", "PodDisruptionBudget"}
+
+
+@pytest.fixture(scope="module")
+def helm() -> str:
+    found = shutil.which("helm", path=f"{DOCKER.parent / '.cache' / 'helm'}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("Helm is not installed (make install-helm)")
+    return found
+
+
+def rendered(helm: str, values: list[str]) -> dict[str, Any]:
+    """What the chart makes of some values, by kind."""
+    flags = [word for value in values for word in ("--set", value)]
+    made = yaml.safe_load_all(run(helm, "template", "cells", "helm/unet-serve", *flags))
+    return {document["kind"]: document for document in made}
+
+
+@pytest.mark.parametrize("way", CHARTS)
+def test_the_chart_is_taken_by_helm_and_by_kubernetes(helm: str, way: str) -> None:
     import kubernetes_validate
 
-    for name in ("serve.yaml", "queue-metric.yaml"):
-        for document in documents(f"kubernetes/{name}"):
-            kubernetes_validate.validate(document, version, strict=True)
+    values, kinds = CHARTS[way]
+    run(helm, "lint", "--strict", "helm/unet-serve", *(word for value in values for word in ("--set", value)))
+    made = rendered(helm, values)
+    assert set(made) == KINDS | kinds
+    for version in ("1.29", "1.37"):
+        for document in made.values():
+            if not document["apiVersion"].startswith(("keda.sh", "monitoring.coreos.com")):
+                kubernetes_validate.validate(document, version, strict=True)
+    # Nothing outside the release's namespace is touched.
+    assert all("namespace" not in document["metadata"] for document in made.values())
+    (container,) = made["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == f"unet-serve:{'gpu' if way == 'gpu' else 'cpu'}"
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (way == "gpu")
+
+
+@pytest.mark.parametrize("value", ["device=tpu", "model.source=url", "model.source=claim", "replicas=0", "typo=1"])
+def test_the_chart_refuses_values_that_it_has_not(helm: str, value: str) -> None:
+    done = subprocess.run(
+        [helm, "template", "cells", "helm/unet-serve", "--set", value], cwd=DOCKER, capture_output=True, check=False
+    )
+    assert done.returncode != 0
+
+
+def test_the_charts_parts_fit_each_other(helm: str) -> None:
+    made = rendered(helm, CHARTS["gpu"][0])
+    pod = made["Deployment"]["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert made["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert made["Service"]["spec"]["selector"] == labels
+    assert made["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    assert made["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    assert (
+        made["ServiceMonitor"]["spec"]["selector"]["matchLabels"].items()
+        <= made["Service"]["metadata"]["labels"].items()
+    )
+    assert made["ServiceMonitor"]["spec"]["endpoints"][0]["port"] in {
+        port["name"] for port in made["Service"]["spec"]["ports"]
+    }
+    (metric,) = made["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    (rule,) = documents("helm/adapter-values.yaml")[0]["rules"]["custom"]
+    assert rule["name"]["as"] == metric["pods"]["metric"]["name"]
+    # The budget must let a node be emptied.
+    assert made["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > made["PodDisruptionBudget"]["spec"]["minAvailable"]
+
+
+def test_compose_the_chart_and_kserve_agree(helm: str) -> None:
+    """On images, ports, the user, the repository's place and the health that is asked for."""
+    script = (DOCKER / "serve.sh").read_text(encoding="utf-8")
+    compose = documents("compose.yaml")[0]["services"]["triton-cpu"]
+    made = rendered(helm, CHARTS["locked"][0])
+    (container,) = made["Deployment"]["spec"]["template"]["spec"]["containers"]
+    runtime, service = documents("kserve/unet.yaml")
+    (served,) = runtime["spec"]["containers"]
+    assert container["image"] == served["image"] == compose["image"]
+    assert {port["containerPort"] for port in container["ports"]} == {8001, 8002}
+    assert [port["containerPort"] for port in served["ports"]] == [8001]
+    assert container["readinessProbe"]["exec"] == served["readinessProbe"]["exec"]
+    variables = {one["name"]: one["value"] for one in container["env"]}
+    assert set(variables) == {"TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA", "ADMIN_KEY_FILE", "MODELS"}
+    assert all(f"${name}" in script or f"${{{name}:-" in script for name in variables)
+    assert compose["volumes"] == [f"../model_repository:{variables['MODELS']}:ro"]
+    assert {"name": "MODELS", "value": "/mnt/models"} in served["env"]
+    assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]
+    # KServe's own kinds have no published schema; their containers are Kubernetes'.
+    import kubernetes_validate
+
+    spec = {"containers": runtime["spec"]["containers"], "volumes": runtime["spec"]["volumes"]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}, "spec": spec}
+    kubernetes_validate.validate(pod, "1.37", strict=True)
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.37"])
+def test_kubernetes_takes_the_training_job(version: str) -> None:
+    import kubernetes_validate
+
     # The job itself is of the MPI Operator's kind; its pods are Kubernetes' own.
     (job,) = documents("kubernetes/train.yaml")
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v2beta1", "MPIJob")
@@ -158,25 +267,6 @@ def test_kubernetes_takes_the_manifests(version: str) -> None:
     for role, replicas in job["spec"]["mpiReplicaSpecs"].items():
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role.lower()}, **replicas["template"]}
         kubernetes_validate.validate(pod, version, strict=True)
-
-
-def test_the_manifests_fit_each_other() -> None:
-    by_kind = {document["kind"]: document for document in documents("kubernetes/serve.yaml")}
-    pod = by_kind["Deployment"]["spec"]["template"]
-    labels = pod["metadata"]["labels"]
-    assert by_kind["Deployment"]["spec"]["selector"]["matchLabels"] == labels
-    assert by_kind["Service"]["spec"]["selector"] == labels
-    assert by_kind["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
-    assert by_kind["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
-    (container,) = pod["spec"]["containers"]
-    assert {port["name"]: port["containerPort"] for port in container["ports"]}["grpc"] == 8001
-    assert pod["spec"]["securityContext"]["runAsNonRoot"]
-    scaler = by_kind["HorizontalPodAutoscaler"]["spec"]
-    (metric,) = scaler["metrics"]
-    rules = yaml.safe_load(documents("kubernetes/queue-metric.yaml")[0]["data"]["config.yaml"])["rules"]
-    assert rules[0]["name"]["as"] == metric["pods"]["metric"]["name"]
-    # The budget must let a node be emptied.
-    assert scaler["minReplicas"] > by_kind["PodDisruptionBudget"]["spec"]["minAvailable"]
 
 
 def test_the_job_trains_with_flags_that_there_are() -> None:
