@@ -89,7 +89,7 @@ def test_the_serving_image_segments_a_stack_and_ends_in_order(
     images = np.random.default_rng(0).integers(0, 256, (3, 80, 90), np.uint8)
     tifffile.imwrite(tmp_path / "stack.tif", images, photometric="minisblack")
     with child([*line, "serve-unet", *flags], log=tmp_path / "log") as process:
-        while not answers_ready("127.0.0.1", http, ["unet"]):
+        while not answers_ready("127.0.0.1", http, ["unet"], "triton", key=""):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.05)
                 raise AssertionError((tmp_path / "log").read_text())
