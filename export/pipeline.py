@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from export.gate.parity import LOGITS as LOGITS_TOLERANCE
 from export.gate.scoring import Change, Judge, gather_scored
 from export.gate.tiles import Tiles, gather_tiles, training_tiles
 from export.plan import trtexec
-from export.provenance import machine, shell, tensorflow_package, versions, write_card
+from export.provenance import shell, tensorflow_package, versions, write_card
 from export.steps.graph import LOGITS, base_filters, read_model, with_logits, write_model
 from export.steps.half_precision import to_half
 from export.steps.int8 import quantise
@@ -30,6 +30,7 @@ from unet.errors import UnetError
 from unet.files import atomic_directory
 from unet.geometry import output_size
 from unet.intensity import WindowChoice, parse_window
+from unet.machine import machine, thread_limit
 from unet.names import HALF_FILE, INPUT, INT8_FILE, ONNX_FILE, SAVED_MODEL
 from unet.processes import child
 from unet.volume import LabelOptions
@@ -123,7 +124,7 @@ class Exporter:
             "base_filters": base_filters(model),
             "parameters": reference.parameters,
             "training": run_config.get("settings", {}),
-            "machine": machine(),
+            "machine": asdict(machine()),
             "parity_tiles": tiles.source,
             "scores": self._changes,
         }
@@ -268,7 +269,9 @@ def _run_logits(model: onnx.ModelProto, batches: Sequence[NDArray[np.uint8]]) ->
     import onnxruntime
 
     content = with_logits(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_limit() or 0
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return [session.run([LOGITS], {INPUT: batch})[0] for batch in batches]
 
 

@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet import __version__
@@ -34,16 +33,6 @@ def versions(*packages: str) -> dict[str, str]:
 def tensorflow_package() -> str:
     """The name under which TensorFlow is installed here."""
     return "tensorflow" if "tensorflow" in versions("tensorflow") else "tensorflow-cpu"
-
-
-def machine() -> dict[str, Any]:
-    """The processor that figures were measured on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
 
 
 def shell(*words: str | os.PathLike[str]) -> str:

@@ -18,7 +18,7 @@ from serve.server.install import TritonError, find_installation
 from unet.card import Card, CardError
 from unet.engine.cpu import EngineChoice, EngineError, supported_choices
 from unet.errors import command, say
-from unet.machine import TOOL_TIMEOUT_S, Gpu, numa_nodes, parse_gpus, run_tool, usable_cores
+from unet.machine import TOOL_TIMEOUT_S, Gpu, cpu_amp_dtype, machine, numa_nodes, parse_gpus, run_tool
 from unet.names import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def look_at_python() -> Finding:
 
 
 def look_at_cores() -> Finding:
-    """What there is to compute with on the CPU."""
-    cores = usable_cores()
-    return Finding("CPU", OK, f"{cores} usable core{'s' * (cores > 1)} on {numa_nodes()} memory node(s)")
+    """What there is to compute with on the CPU, and what follows from its instructions."""
+    trains = f"--use_amp trains in {cpu_amp_dtype()}"
+    return Finding("CPU", OK, f"{machine()}, on {numa_nodes()} memory node(s); {trains}")
 
 
 def look_at_engines() -> Finding:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unet.errors import UnetError, command, say
+from unet.machine import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,7 @@ def build_environment(*, gpu: bool) -> dict[str, str]:
         "HOROVOD_WITH_GLOO": "1",
         # CMake 4 refuses the policy version of the bundled libraries.
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
-        "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",
+        "MAKEFLAGS": f"-j{usable_cores()}",
     }
     chosen["HOROVOD_GPU_OPERATIONS" if gpu else "HOROVOD_WITHOUT_MPI"] = "NCCL" if gpu else "1"
     return chosen

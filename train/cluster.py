@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from train.config import ConfigError
+from unet.machine import usable_cores
 
 _LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
@@ -56,8 +57,7 @@ def join_cluster() -> Cluster:
         local_rank = cluster.horovod.local_rank() if cluster.horovod else 0
         tf.config.set_visible_devices(gpus[local_rank], "GPU")
         tf.config.experimental.set_memory_growth(gpus[local_rank], True)
-    cores = len(os.sched_getaffinity(0))
-    tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // cluster.local_size))
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, usable_cores() // cluster.local_size))
     tf.config.threading.set_inter_op_parallelism_threads(2)
     return cluster
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from train.config import TrainConfig, parse_config
 from unet.errors import UnetError, command, say
 from unet.files import write_json
+from unet.machine import machine
 from unet.measure import interleave, ratios
 from unet.processes import child
 
@@ -165,7 +166,7 @@ def compare(config: TrainConfig, rounds: int, steps: int) -> list[Ratio]:
 
     slices = labelled_slices(config)
     precisions = {"float32": False, "bfloat16": True}
-    configs = {name: dataclasses.replace(config, use_amp=amp) for name, amp in precisions.items()}
+    configs = {name: dataclasses.replace(config, use_amp=amp, amp_dtype="bfloat16") for name, amp in precisions.items()}
     subjects: dict[str, Callable[[], float]] = {}
     for name, one in configs.items():
         subjects[f"ours {name}"] = our_steps(one, slices, steps)
@@ -207,10 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "ratios": [{**dataclasses.asdict(ratio), "median": ratio.median} for ratio in found],
         },
     )
-    say(
-        f"{config.base_filters} filters, windows of {config.tile_size}, batch {config.batch_size}, "
-        f"{len(os.sched_getaffinity(0))} cores"
-    )
+    say(f"{config.base_filters} filters, windows of {config.tile_size}, batch {config.batch_size}, {machine()}")
     say("| ratio | medians | median ratio | over the rounds |\n|---|---|---:|---|")
     say("\n".join(map(str, found)))
     say(f"all figures: {chosen.out}")

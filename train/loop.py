@@ -22,6 +22,7 @@ from train.model.losses import segmentation_loss
 from train.model.network import build_unet
 from train.model.schedule import Budget, Schedule, record_steps
 from unet.errors import UnetError
+from unet.machine import cpu_amp_dtype
 from unet.scores import dice
 from unet.volume.overlay import membrane_overlay
 
@@ -61,9 +62,19 @@ def precision_of(config: TrainConfig) -> str:
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
     if config.amp_dtype == "float16" and not on_gpu:
         raise ConfigError("--amp_dtype float16 needs a GPU (on a CPU it takes minutes a step): use bfloat16 here")
+    if config.amp_dtype == "auto" and not on_gpu:
+        return "mixed_bfloat16" if cpu_amp_dtype() == "bfloat16" else "float32"
     if config.amp_dtype == "auto":
-        return "mixed_float16" if on_gpu else "mixed_bfloat16"
+        return "mixed_float16"
     return f"mixed_{config.amp_dtype}"
+
+
+def describe_precision(config: TrainConfig) -> str:
+    """The policy in words, with the reason where ``--use_amp`` is not followed."""
+    precision = precision_of(config)
+    if config.use_amp and precision == "float32":
+        return "float32 in spite of --use_amp, which is faster here: this processor has no bfloat16 instructions"
+    return precision
 
 
 def make_optimizer(

@@ -20,7 +20,7 @@ from train.config import ConfigError, TrainConfig
 from train.evaluation import average_over_symmetries, make_predictor
 from train.input.dataset import TEST_IMAGES, Slice, find_pairs, fold_of, load_slices, windows_of
 from train.log import RunLog
-from train.loop import precision_of, train
+from train.loop import describe_precision, precision_of, train
 from train.model.losses import border_weights
 from train.model.network import build_unet
 from train.model.saved_model import write_saved_model
@@ -109,7 +109,7 @@ def _train(config: TrainConfig, cluster: Cluster, log: RunLog) -> bool:
     log.event(
         "PARAMETER",
         f"training on {len(training)} slices, {len(held_out)} held out, {cluster.size} ranks x {config.batch_size} "
-        f"windows of {config.tile_size}, {config.base_filters} filters, {precision_of(config)}",
+        f"windows of {config.tile_size}, {config.base_filters} filters, {describe_precision(config)}",
         **dataclasses.asdict(config),
     )
     costs = [_with_cost(config, item) for item in training]

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Optional
 
+from unet.machine import limit_threads
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -94,14 +96,17 @@ def command(main: Main) -> Callable[..., int]:
     """Wrap a command's ``main(argv)`` so that faults reach the user as one sentence.
 
     A command whose reader has gone away (``... | head -1``) does its work to the end, and its exit code tells how that
-    went. ``UnetError``, a full disk and other operating-system errors that name a file give exit code 2;
-    Ctrl-C gives 130; SIGTERM unwinds the stack, so that ``finally`` blocks run, and gives 143.
-    Anything else is a bug in the program and keeps its traceback.
+    went. Its libraries start no more threads than the container's quota has cores.
+
+    ``UnetError``, a full disk and other operating-system errors that name a file give exit code 2; Ctrl-C gives 130;
+    SIGTERM unwinds the stack, so that ``finally`` blocks run, and gives 143. Anything else is a bug in the program and
+    keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         _secure_output()
+        limit_threads()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
         try:

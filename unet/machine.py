@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -9,12 +10,18 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 TOOL_TIMEOUT_S = 30.0
 _CGROUP = Path("/sys/fs/cgroup")
 _NODES = Path("/sys/devices/system/node")
 _CPUINFO = Path("/proc/cpuinfo")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+# By which BLAS and OpenMP, TensorFlow and OpenCV are told how many threads to start.
+_THREAD_VARIABLES = (
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OPENCV_FOR_THREADS_NUM"),
+)
 # The values of ONEDNN_MAX_CPU_ISA that allow a kind of instructions beyond AVX2, and what the kernel calls it.
 _AMX_LEVELS = ("AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16")
 _BF16_LEVELS = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", *_AMX_LEVELS)
@@ -29,33 +36,75 @@ _INSTRUCTIONS = (
 )
 
 
-def usable_cores(cgroup: Path = _CGROUP) -> int:
+def usable_cores(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> int:
     """Cores that this process may compute on: its CPU affinity, and no more than its container's quota; at least 1.
 
     Libraries ask for the affinity alone and start a thread for every core of the host in a container that was given
     two of them.
 
     Args:
-        cgroup: where the control group is mounted; tests name another.
+        cgroup: where the control groups are mounted; tests name another.
+        membership: the kernel's list of the groups that this process is in; tests name another.
     """
-    allowed = len(os.sched_getaffinity(0))
-    quota = _quota(cgroup)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(cgroup, membership)
     return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
 
 
-def _quota(cgroup: Path) -> float | None:
-    """Cores' worth of time that the control group grants, None where it sets no limit."""
-    try:  # version 2: "max 100000" or "200000 100000"
-        granted, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
-        return None if granted == "max" else int(granted) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:  # version 1: -1 is no limit
-        microseconds = int((cgroup / "cpu" / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
-        period_us = int((cgroup / "cpu" / "cpu.cfs_period_us").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return microseconds / period_us if microseconds > 0 else None
+def _quota(cgroup: Path, membership: Path) -> float | None:
+    """Cores' worth of time that the control groups grant, None where they set no limit.
+
+    A group gets no more than the groups above it. A container sees its own group at the root, and below it those that
+    a service manager makes in it; without a namespace of its own it reads the host's path, which does not exist there.
+    """
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    groups = {cgroup, cgroup / "unified", cgroup / "cpu"}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        own = PurePosixPath(path.lstrip("/"))
+        mounts = (cgroup, cgroup / "unified") if not controllers else (cgroup / "cpu", cgroup / controllers)
+        if ".." not in own.parts and (not controllers or "cpu" in controllers.split(",")):
+            groups |= {mount / above for mount in mounts for above in (own, *own.parents)}
+    granted = [limit for group in groups if (limit := _limit(group)) is not None]
+    return min(granted, default=None)
+
+
+def _limit(group: Path) -> float | None:
+    """Cores' worth of time that one control group grants, by version 2 or version 1, None where it sets no limit."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            # "max 100000" or "200000 100000"; in version 1 two files, in which -1 is no limit.
+            granted, period = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
+            return int(granted) / int(period) if granted not in ("max", "-1") else None
+    return None
+
+
+def thread_limit() -> int | None:
+    """How many threads libraries may start, None where they find the right number themselves: no quota is set."""
+    quota = _quota(_CGROUP, _MEMBERSHIP)
+    return None if quota is None else usable_cores()
+
+
+def limit_threads() -> None:
+    """Hold the libraries of this process and of its children to the quota; where there is none, nothing changes.
+
+    The user's own settings in the environment stay.
+    """
+    limit = thread_limit()
+    if limit is None:
+        return
+    # Those that are loaded already have read their environment.
+    if "OMP_NUM_THREADS" not in os.environ:
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(limit)
+    if "OPENCV_FOR_THREADS_NUM" not in os.environ and "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(limit)
+    for name in _THREAD_VARIABLES:
+        os.environ.setdefault(name, str(limit))
 
 
 def instruction_sets(cpuinfo: Path = _CPUINFO) -> tuple[str, ...]:
@@ -90,6 +139,40 @@ def processor_name(cpuinfo: Path = _CPUINFO) -> str:
         return name
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+
+
+def cpu_amp_dtype() -> str:
+    """The number format in which this processor is fastest at training: "bfloat16" if it is in hardware, or "float32".
+
+    Emulated, bfloat16 takes three times as long as float32.
+    """
+    return "bfloat16" if {"bf16", "amx"} & set(instruction_sets()) else "float32"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What figures were measured on.
+
+    Attributes:
+        cpu: what the processor calls itself.
+        cores: that this process may use.
+        instructions: that libraries compute with, see ``instruction_sets``.
+        system: operating system and kernel.
+    """
+
+    cpu: str
+    cores: int
+    instructions: tuple[str, ...]
+    system: str
+
+    def __str__(self) -> str:
+        known = f" with {', '.join(self.instructions)}" if self.instructions else ""
+        return f"{self.cores} core{'s' * (self.cores > 1)} of {self.cpu}{known}"
+
+
+def machine() -> Machine:
+    """This machine, as this process may use it."""
+    return Machine(processor_name(), usable_cores(), instruction_sets(), platform.platform())
 
 
 def numa_nodes(nodes: Path = _NODES) -> int:

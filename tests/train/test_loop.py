@@ -20,9 +20,10 @@ from train.cluster import Cluster
 from train.config import ConfigError, TrainConfig
 from train.input.dataset import Slice
 from train.log import RunLog, read_log
-from train.loop import TrainingError, make_optimizer, precision_of, train
+from train.loop import TrainingError, describe_precision, make_optimizer, precision_of, train
 from train.model.network import build_unet
 from train.model.schedule import Schedule
+from unet.machine import cpu_amp_dtype
 
 Make = Callable[..., TrainConfig]
 
@@ -165,8 +166,17 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_slices(tiny: Make, sl
         run(tiny(), poisoned)
 
 
+def test_mixed_precision_is_what_the_processor_has(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = {"bfloat16": "mixed_bfloat16", "float32": "float32"}
+    assert precision_of(tiny(use_amp=True)) == native[cpu_amp_dtype()]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert precision_of(tiny(use_amp=True)) == "float32"
+    assert "no bfloat16 instructions" in describe_precision(tiny(use_amp=True))
+    assert describe_precision(tiny(use_amp=False)) == "float32"
+    assert precision_of(tiny(use_amp=True, amp_dtype="bfloat16")) == "mixed_bfloat16"
+
+
 def test_float16_on_a_cpu_is_refused(tiny: Make) -> None:
-    assert precision_of(tiny(use_amp=True)) == "mixed_bfloat16"
     with pytest.raises(ConfigError, match="bfloat16"):
         precision_of(tiny(use_amp=True, amp_dtype="float16"))
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from unet.errors import UnetError
 from unet.geometry import output_size
-from unet.machine import usable_cores
+from unet.machine import thread_limit, usable_cores
 from unet.names import INPUT, OUTPUT
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def load_engine(card: Card, threads: int | None = None) -> CpuEngine:
 
     Args:
         card: of exported artefacts, or of a published version.
-        threads: threads to compute with; None lets the library take all cores.
+        threads: threads to compute with; by default as many as the library finds right within the machine's quota.
 
     Raises:
         CardError: the file is not what the card says.
@@ -91,7 +91,7 @@ class CpuEngine:
         model_path: a file with the served interface, ``image`` uint8 [N, 1, H, W] to ``probability`` float16: ONNX, or
             for "int8" the ZIP that the exporter writes.
         choice: library and number format.
-        threads: threads to compute with; None lets the library take all cores.
+        threads: threads to compute with; by default as many as the library finds right within the machine's quota.
 
     Raises:
         EngineError: the library is missing, the CPU has not got the number format, or the file is not such a model.
@@ -103,6 +103,8 @@ class CpuEngine:
             raise EngineError(f"threads is {threads}; it must be at least 1")
         if not path.is_file():
             raise EngineError(f"{path} does not exist: write it with python export/main.py")
+        if threads is None:
+            threads = thread_limit()
         self.model_path = path
         self.choice = choice
         self._runner = (_OpenVino if choice.kind == "openvino" else _OnnxRuntime)(path, choice, threads)
