@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,142 +14,32 @@ import numpy as np
 import psutil
 import pytest
 
-from serve.models.config import ModelSettings
-from serve.models.publish import publish
 from serve.server.command_line import Identity, server_command
 from serve.server.install import TritonError, find_installation
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
-from serve.server.state import ServerState, load_state
 from serve.triton import main
-from unet.card import CardError
+from tests.serve.server.conftest import (
+    MakeSettings,
+    finish,
+    first_line,
+    infer,
+    processes_of,
+    segments,
+    start_up_slowly,
+    state_of,
+    stub_of,
+    until,
+)
 
-MakeSettings = Callable[..., ServerSettings]
-TIMEOUT_S = 60.0
-SLOW_START = "import time\nclass TritonPythonModel:\n    def initialize(self, args):\n        time.sleep(600)\n"
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 SLOW_END = """
 import time
 class TritonPythonModel(TritonPythonModel):
     def finalize(self):
         time.sleep(600)
 """
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """The first true answer of ``condition``."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, "this never happened"
-        time.sleep(0.01)
-    return answer
-
-
-def processes_of(folder: Path) -> list[str]:
-    """The living processes that have something to do with a folder, other than this one."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if str(folder) in line and process.pid != os.getpid() and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(f"{process.pid} {line}")
-    return found
-
-
-def segments(prefix: str = "unet-triton-") -> set[str]:
-    """The shared-memory segments whose name begins like this."""
-    return {path.name for path in Path("/dev/shm").glob(f"{prefix}*")}
-
-
-def segments_in_use() -> set[str]:
-    """The segments that a living process has mapped."""
-    used = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            used |= set(re.findall(r"/dev/shm/(unet-triton-\S+)", maps.read_text(errors="replace")))
-    return used
-
-
-@pytest.fixture
-def repository(tiny_artefacts: Path, tmp_path: Path) -> Path:
-    publish(tiny_artefacts, tmp_path / "models", ModelSettings())
-    return tmp_path / "models"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_behind(tmp_path: Path) -> Iterator[None]:
-    """No test's server leaves a process, a shared-memory segment or a state file."""
-    before = segments()
-    yield
-    until(lambda: not processes_of(tmp_path))
-    # Another test session's server may run beside ours.
-    until(lambda: not segments() - before - segments_in_use())
-    assert not (tmp_path / "state" / "server.json").exists()
-
-
-@pytest.fixture
-def command(repository: Path, settings_for: MakeSettings) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts ``serve/triton.py`` as a user does, always on the same free ports."""
-    settings = settings_for(repository)
-    started: list[subprocess.Popen[str]] = []
-
-    def launch(action: str, *more: str) -> subprocess.Popen[str]:
-        line = [sys.executable, "serve/triton.py", action, "--model_repository", str(repository), *more]
-        for name, port in settings.ports.items():
-            line += [f"--{name}", str(port)]
-        started.append(
-            subprocess.Popen(
-                [*line, "--state_dir", str(settings.state_dir)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=Path(__file__).resolve().parents[3],
-                start_new_session=True,
-            )
-        )
-        return started[-1]
-
-    yield launch
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What a command says; it must end with ``code``."""
-    out, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == code, out + err
-    return out + err
-
-
-def first_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline()
-
-
-def state_of(folder: Path) -> ServerState:
-    """The state of the server that is being started."""
-    state: ServerState = until(lambda: load_state(folder / "state"))
-    return state
-
-
-def start_up_slowly(repository: Path) -> None:
-    (repository / "unet" / "1" / "model.py").write_text(SLOW_START)
-
-
-def stub_of(state: ServerState) -> psutil.Process:
-    """The python backend's process, once the model is being loaded."""
-    stub: psutil.Process = until(lambda: next(iter(psutil.Process(state.server_pid).children()), None))
-    return stub
-
-
-def infer(url: str, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    from tritonclient import grpc
-
-    tensor = grpc.InferInput("image", list(image.shape), "UINT8")
-    tensor.set_data_from_numpy(image)
-    with grpc.InferenceServerClient(url) as client:
-        answer = client.infer("unet", [tensor]).as_numpy("probability")
-    assert isinstance(answer, np.ndarray)
-    return answer
 
 
 def noise(count: int, size: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -318,13 +205,6 @@ def test_a_start_up_that_hangs_is_bounded_and_reported(repository: Path, setting
     assert time.monotonic() - started < 15
 
 
-def test_a_model_that_cannot_be_loaded_is_reported_at_once(repository: Path, settings_for: MakeSettings) -> None:
-    with (repository / "unet" / "1" / "model.fp16.onnx").open("ab") as stream:
-        stream.write(b"\0")
-    with pytest.raises(CardError, match="is not the file that its card describes"):
-        TritonServer(settings_for(repository)).start()
-
-
 @pytest.mark.parametrize("name", ["http_port", "grpc_port", "metrics_port"])
 def test_a_port_in_use_is_named(name: str, repository: Path, settings_for: MakeSettings) -> None:
     settings = settings_for(repository)
@@ -333,40 +213,6 @@ def test_a_port_in_use_is_named(name: str, repository: Path, settings_for: MakeS
         other.listen()
         with pytest.raises(TritonError, match=f"port {settings.ports[name]} .*another with --{name}"):
             TritonServer(settings).start()
-
-
-def test_a_repository_without_a_model_is_refused(
-    tmp_path: Path, settings_for: MakeSettings, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["run", "--model_repository", str(tmp_path), "--state_dir", str(tmp_path / "state")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no model: publish one with")
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.pbtxt").write_text('name: "unet" backend: "python"')
-    with pytest.raises(TritonError, match="no version"):
-        TritonServer(settings_for(tmp_path)).start()
-
-
-def test_what_would_make_triton_hang_or_fail_is_found_before_it_starts(
-    repository: Path, settings_for: MakeSettings
-) -> None:
-    model, settings = repository / "unet", settings_for(repository)
-    config = (model / "config.pbtxt").read_text()
-
-    def refuses(words: str) -> None:
-        with pytest.raises(TritonError, match=words):
-            TritonServer(settings).start()
-        assert not settings.log.exists()
-
-    for content, words in (
-        ("what is this {", "is not a configuration of Triton's"),
-        (config.replace('name: "unet"', 'name: "vnet"', 1), "is of the model 'vnet', not unet"),
-        (config.replace("card_sha256", "card"), "was not published with version 1, as when publishing was interrupted"),
-    ):
-        (model / "config.pbtxt").write_text(content)
-        refuses(words)
-    (model / "config.pbtxt").write_text(config)
-    (model / "1" / "model.py").unlink()
-    refuses(r"1/model\.py is missing, so that Triton could not load version 1: publish it again")
 
 
 def test_open_to_the_network_http_and_shared_memory_stay_on_this_machine(tmp_path: Path) -> None:
