@@ -9,7 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import unet
 from serve.models.config import (
@@ -20,9 +20,9 @@ from serve.models.config import (
     engine_file,
     model_config,
 )
-from unet.card import CARD_FILE, Card
+from unet.card import CARD_FILE, Card, CardError
 from unet.errors import UnetError
-from unet.files import atomic_directory, atomic_file, remove_directory
+from unet.files import atomic_directory, atomic_file, remove_directory, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +58,7 @@ def publish(
     """Make artefacts the next version of the model.
 
     A version appears whole, and none is ever overwritten; the configuration is replaced after the version is there.
-    Each version keeps the configuration that it was published with.
+    Each version keeps the configuration that it was published with. The server goes on serving the version before.
 
     Args:
         artefacts: folder that the exporter wrote, or that of a published version.
@@ -178,7 +178,7 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
     former = config.read_bytes() if config.exists() else None
     with atomic_directory(path) as aside:
         fill(aside)
-    _replace(config, (path / CONFIG_FILE).read_bytes())
+    _replace(config, _served_config(folder, version, keep).encode())
     if load is not None:
         try:
             load(folder.name, version)
@@ -193,6 +193,45 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
         except OSError as error:  # the new version is live, and that counts
             LOGGER.warning("the former version %s stays: %s", folder / str(old), error.strerror)
     return PublishedVersion(path, version)
+
+
+def _served_config(folder: Path, version: int, keep: int) -> str:
+    """A version's configuration, completed for the version before it, which is served on.
+
+    So a client that began with that one finishes with it. The configuration names the card and the tile sizes of each,
+    since Triton gives one for both. A former version that it cannot load is not served.
+    """
+    from google.protobuf import text_format
+
+    config = _parse(folder / str(version) / CONFIG_FILE)
+    others = [other for other in versions_in(folder) if other < version]
+    served = [version]
+    if keep > 1 and others and _loads_alike(folder / str(others[-1]), config):
+        served.append(others[-1])
+    config.version_policy.latest.num_versions = len(served)
+    for number in served:
+        card = folder / str(number) / CARD_FILE
+        config.parameters[f"card_sha256_{number}"].string_value = sha256_of(card)
+        sizes = ",".join(str(size) for size in Card.load(card.parent).tile_sizes)
+        config.parameters[f"tile_sizes_{number}"].string_value = sizes
+    return str(text_format.MessageToString(config))
+
+
+def _loads_alike(version: Path, config: Any) -> bool:
+    """Whether a version is intact, and was published for the backend and the file that a configuration names."""
+    try:
+        former = _parse(version / CONFIG_FILE)
+        _verify(version)
+    except (OSError, CardError):
+        return False
+    return (former.backend, former.default_model_filename) == (config.backend, config.default_model_filename)
+
+
+def _parse(path: Path) -> Any:
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
 
 
 def _take_back(path: Path, former: bytes | None) -> None:

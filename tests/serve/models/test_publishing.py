@@ -25,6 +25,7 @@ from serve.server.settings import ServerSettings, read_admin_key
 from serve.server.state import load_state
 from tests.serve.conftest import TILE_SIZES, cropping_model
 from unet.card import Card, CardError, Engine
+from unet.files import sha256_of
 from unet.processes import free_ports
 
 
@@ -329,20 +330,28 @@ def test_what_another_user_owns_is_left_and_does_not_undo_a_publication(
 def test_rollback_brings_the_former_network_and_its_settings_back(
     tiny_artefacts: Path, other_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tmp_path / "unet" / "config.pbtxt"
+
+    def present() -> tuple[str, bytes]:
+        """The batch size that the model's configuration names, and the newest version's own configuration."""
+        text = (tmp_path / "unet" / "config.pbtxt").read_text(encoding="utf-8")
+        newest = tmp_path / "unet" / str(versions_in(tmp_path / "unet")[-1])
+        assert sha256_of(newest / "card.json") in text
+        return text[text.index("max_batch_size") :].splitlines()[0], (newest / "config.pbtxt").read_bytes()
+
     publish(tiny_artefacts, tmp_path, ModelSettings(max_batch_size=3))
     with pytest.raises(RepositoryError, match="no version that differs from the present one"):
         rollback(tmp_path)
     publish(tiny_artefacts, tmp_path, ModelSettings(max_batch_size=3))
-    first = config.read_bytes()
+    first = present()
     publish(other_artefacts, tmp_path, ModelSettings(max_batch_size=5))
-    second = config.read_bytes()
+    second = present()
+    assert (first[0], second[0]) == ("max_batch_size: 3", "max_batch_size: 5")
     assert main(["--rollback", "--model_repository", str(tmp_path)]) == 0
     assert f"{tmp_path / 'unet' / '4'}: version 4 of unet" in capsys.readouterr().out
-    assert config.read_bytes() == first
+    assert present() == first
     # Again is to and fro; a version can be named.
-    assert (rollback(tmp_path).version, config.read_bytes()) == (5, second)
-    assert (rollback(tmp_path, version=1).version, config.read_bytes()) == (6, first)
+    assert (rollback(tmp_path).version, present()) == (5, second)
+    assert (rollback(tmp_path, version=1).version, present()) == (6, first)
     for name, version, words in (("unet", 99, "is no version to go back to; there are 2, 3"), ("vnet", 1, "not exist")):
         with pytest.raises(RepositoryError, match=words):
             rollback(tmp_path, name, version)

@@ -64,8 +64,26 @@ def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Pat
         "threads": "3",
         "core_shares": str(numa_nodes()),
         "card_sha256": sha256_of(tiny_artefacts / "card.json"),
+        "card_sha256_1": sha256_of(tiny_artefacts / "card.json"),
+        "tile_sizes_1": "204,252",
     }
     assert [list(warmup.inputs["image"].dims) for warmup in config.model_warmup] == [[1, 204, 204], [1, 252, 252]]
+
+
+def test_the_version_before_the_newest_is_served_on(tiny_artefacts: Path, tmp_path: Path) -> None:
+    for _ in range(3):
+        publish(tiny_artefacts, tmp_path, ModelSettings())
+    config = read_config(tmp_path)
+    assert config.version_policy.latest.num_versions == 2
+    assert {"card_sha256_2", "card_sha256_3", "tile_sizes_2", "tile_sizes_3"} <= set(config.parameters)
+    assert "card_sha256_1" not in config.parameters
+    # One that the new configuration could not load would keep the new one from being loaded too.
+    former = tmp_path / "unet" / "3" / "config.pbtxt"
+    former.write_text(former.read_text(encoding="utf-8").replace('"python"', '"tensorrt"'), encoding="utf-8")
+    publish(tiny_artefacts, tmp_path, ModelSettings())
+    assert read_config(tmp_path).version_policy.latest.num_versions == 1
+    publish(tiny_artefacts, tmp_path, ModelSettings(), keep=1)
+    assert read_config(tmp_path).version_policy.latest.num_versions == 1
 
 
 @given(
