@@ -132,7 +132,10 @@ def follow(process: Process, path: Path) -> Iterator[str | None]:
 
 
 def run(words: Sequence[str], title: str, log: Path, expected_s: float | None = None, **options: Any) -> int:
-    """Run a command whose output goes to ``log``, with a sign of life on the screen; its exit code."""
+    """Run a command whose output goes to ``log``, with a sign of life on the screen; its exit code.
+
+    The end of the log is shown if it fails.
+    """
     progress = Progress(title, expected_s)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
@@ -145,7 +148,6 @@ def run(words: Sequence[str], title: str, log: Path, expected_s: float | None = 
         code = process.wait()
     if code:
         progress.line(log.read_text(encoding="utf-8", errors="replace")[-3000:])
-        progress.line(f"error: {title} failed (exit code {code}); everything that it said is in {log}")
     else:
         progress.line(f"   {title}: done in {in_words(progress.elapsed_s)}")
     return code
@@ -159,7 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--log", type=Path, required=True, help="file that takes what it says")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
     chosen = parser.parse_args(argv)
-    return run(chosen.command[chosen.command[:1] == ["--"] :], chosen.title, chosen.log, chosen.expected_s)
+    code = run(chosen.command[chosen.command[:1] == ["--"] :], chosen.title, chosen.log, chosen.expected_s)
+    if code:
+        sys.stderr.write(
+            f"error: {chosen.title} failed (exit code {code}); everything that it said is in {chosen.log}\n"
+        )
+    return code
 
 
 if __name__ == "__main__":

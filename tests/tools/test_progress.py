@@ -54,11 +54,12 @@ def test_a_line_comes_at_least_every_ten_seconds() -> None:
 
 
 def test_a_failure_shows_what_the_command_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = [sys.executable, "-c", "import sys; print('no such file'); sys.exit(3)"]
-    assert progress.run(line, "building", tmp_path / "log") == 3
-    said = capsys.readouterr().out
-    assert "no such file" in said
-    assert f"error: building failed (exit code 3); everything that it said is in {tmp_path / 'log'}" in said
+    log = tmp_path / "log"
+    code = "import sys; print('no such file'); sys.exit(3)"
+    assert progress.main(["--title", "building", "--log", str(log), "--", sys.executable, "-c", code]) == 3
+    said = capsys.readouterr()
+    assert "no such file" in said.out
+    assert said.err == f"error: building failed (exit code 3); everything that it said is in {log}\n"
 
 
 def test_a_terminal_gets_a_bar_and_a_clean_line_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
