@@ -2,11 +2,13 @@
 
 A room is a module or a folder directly inside one of the packages; an arrow runs from one room to another that it
 imports, imports for type checking included. It fails on a circle between modules, on an arrow between ``train``,
-``export`` and ``serve``, and on more arrows or modules than the limits below.
+``export`` and ``serve``, and on more arrows or modules than the limits below. With ``--strict`` it also fails on long
+files and functions that no comment starting with "# Longer than" explains.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import sys
 from pathlib import Path
@@ -23,6 +25,10 @@ PACKAGES = ("unet", "train", "export", "serve", "tools")
 APART = ("train", "export", "serve")
 MOST_ARROWS = {"serve": 20, "export": 15, "unet": 20}
 MOST_MODULES = 13
+MOST_FILE_LINES = 300
+MOST_FUNCTION_LINES = 50
+EXCUSE = "# Longer than"
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 Graph = dict[str, set[str]]
 
@@ -104,9 +110,38 @@ def folders(root: Path = ROOT) -> dict[str, int]:
     return counts
 
 
+def long_pieces(root: Path = ROOT) -> list[str]:
+    """The files and functions that are too long and do not say why.
+
+    A file says why in a comment before its first function or class, a function in one inside it.
+    """
+    faults = []
+    for path in modules(root).values():
+        text = path.read_text(encoding="utf-8")
+        lines, tree = text.splitlines(), ast.parse(text)
+        place = path.relative_to(root).as_posix()
+        starts = [node.lineno for node in tree.body if isinstance(node, (*_FUNCTIONS, ast.ClassDef))]
+        if len(lines) > MOST_FILE_LINES and not _excused(lines[: min(starts, default=len(lines))]):
+            faults.append(f"{place} has {len(lines)} lines, more than {MOST_FILE_LINES}")
+        for node in (node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS)):
+            body = lines[node.lineno - 1 : node.end_lineno]
+            if len(body) > MOST_FUNCTION_LINES and not _excused(body):
+                faults.append(
+                    f"{place}:{node.lineno} {node.name} has {len(body)} lines, more than {MOST_FUNCTION_LINES}"
+                )
+    return faults
+
+
+def _excused(lines: Sequence[str]) -> bool:
+    return any(line.strip().startswith(EXCUSE) for line in lines)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the counts; 1 if a limit is broken."""
+    parser = argparse.ArgumentParser(prog="tools.rooms", description=__doc__)
+    parser.add_argument("--strict", action="store_true", help="fail on long files and functions too")
+    chosen = parser.parse_args(argv)
     graph = imports()
     faults = [f"circle: {' <-> '.join(group)}" for group in circles(graph)]
     faults += [f"{name} imports {target}" for name, target in crossings(graph)]
@@ -120,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{folder}: {count} modules")
         if count > MOST_MODULES:
             faults.append(f"{folder} has {count} modules, more than {MOST_MODULES}")
+    if chosen.strict:
+        faults += long_pieces()
     for fault in faults:
         say(f"error: {fault}")
     return int(bool(faults))

@@ -10,8 +10,6 @@ import numpy as np
 import psutil
 import pytest
 
-from tools.install_horovod import build_environment
-
 
 def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, project_root: Path, *more: str) -> None:
     """Four steps with everything that is random switched on."""
@@ -118,11 +116,3 @@ def test_sigterm_to_one_rank_saves_on_all_ranks_and_exits_0(
     assert launcher.returncode == 0
     assert rest.count("which is saved: go on with --resume") == 1
     assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text(encoding="utf-8"))["step"] >= 2
-
-
-@pytest.mark.parametrize(
-    ("gpu", "key", "value"), [(True, "HOROVOD_GPU_OPERATIONS", "NCCL"), (False, "HOROVOD_WITHOUT_MPI", "1")]
-)
-def test_build_takes_nccl_only_with_a_gpu(gpu: bool, key: str, value: str) -> None:
-    assert build_environment(gpu=gpu)[key] == value
-    assert build_environment(gpu=not gpu).get(key) is None
