@@ -20,7 +20,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	&& { command -v $$p; break; }; done)
 # For what needs no package: the environment where there is one, else any Python.
 ANY_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON),python3)
-INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+# constraints.lock is constraints.txt with hashes, which uv checks; plain pip would want them of the project itself too.
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.lock
 
 .PHONY: help
 help:
@@ -38,7 +39,7 @@ check-tools:
 	[ $${#missing[@]} = 0 ] || { list=$$(printf ', %s' "$${missing[@]}"); echo "error: not found: $${list:2}; install it \
 	(Debian, Ubuntu: apt-get install python3.11-venv g++ cmake), or name another Python with PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-$(VENV)/.installed: pyproject.toml constraints.txt Makefile | check-tools
+$(VENV)/.installed: pyproject.toml constraints.lock Makefile | check-tools
 	@echo "installing into $(VENV) with $$($(PYTHON) --version): about two minutes, less with the packages in a cache"
 	@[ -x $(BIN)/python ] || $(PYTHON) tools/progress.py --title "creating $(VENV)" --expected_s 4 --log $(LOGS)/venv.log \
 	-- $(PYTHON) -m venv $(VENV)
@@ -151,10 +152,11 @@ docs: install  ## the documentation as a site, in site/
 	@echo "site/index.html"
 
 .PHONY: constraints
-constraints: install  ## resolve constraints.txt anew, with hashes, for every supported Python
+constraints: install  ## resolve constraints.txt and constraints.lock anew, for every supported Python
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --python $(BIN)/python \
 	--index-strategy unsafe-best-match --no-annotate --custom-compile-command "make constraints" \
-	$(foreach extra,train export serve zarr dask int8 rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.txt
+	$(foreach extra,train export serve zarr dask int8 rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.lock
+	@sed -e '/^    --hash/d' -e 's/ \\$$//' constraints.lock > constraints.txt
 
 .PHONY: install-rtx
 install-rtx: install  ## TensorRT-RTX (proprietary), whose builder checks graph and profiles without a GPU

@@ -174,7 +174,7 @@ class Card:
             parent_sha256=None if parent is None else self._entry(parent).sha256,
             command=command,
             versions=dict(versions or {}),
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             facts=facts,
         )
         self.artefacts[name] = artefact

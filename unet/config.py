@@ -8,8 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from typing import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
 Settings = TypeVar("Settings")
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, Optional
+from typing import NoReturn
 
 from unet.machine import limit_threads
 
@@ -23,7 +23,7 @@ EXIT_TERMINATED = 143
 # What a write says when nobody reads the output any more: a closed pipe, a closed terminal, a closed connection.
 _READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ESHUTDOWN})
 
-Main = Callable[[Optional[Sequence[str]]], int]
+Main = Callable[[Sequence[str] | None], int]
 
 
 class UnetError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Protocol, Union
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # A window, or whose percentiles make it; None: uint8 stays as it is, another volume has its own.
-WindowChoice = Optional[Union[Window, str]]
+WindowChoice = Window | str | None
 
 STACK, SLICE = "stack", "slice"
 _BLOCK_PX = 2**22

@@ -13,7 +13,7 @@ import pytest
 def checkout(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> Path:
     """A copy of the project as git sees it, with this environment as its `.venv`."""
     stamp = Path(sys.executable).parent.parent / ".installed"
-    sources = [project_root / name for name in ("pyproject.toml", "constraints.txt", "Makefile")]
+    sources = [project_root / name for name in ("pyproject.toml", "constraints.lock", "Makefile")]
     if not stamp.exists() or stamp.stat().st_mtime < max(path.stat().st_mtime for path in sources):
         # The checkout's own make would install itself into the environment that it borrows.
         pytest.fail("the environment is older than the project's settings: run `make install` first")

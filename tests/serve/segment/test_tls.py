@@ -69,7 +69,7 @@ class Authority:
         return pair
 
     def _builder(self, subject: x509.Name, key: Any) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)

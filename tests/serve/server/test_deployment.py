@@ -61,7 +61,7 @@ def test_images_copy_what_there_is_and_run_as_an_ordinary_user(name: str) -> Non
 
 def test_images_have_the_versions_of_this_project() -> None:
     constraints = (DOCKER.parent / "constraints.txt").read_text(encoding="utf-8")
-    assert "\ntensorflow==2.15.1\n" in constraints
+    assert "\ntensorflow==2.15.1 " in constraints
     train = (DOCKER / "Dockerfile.train").read_text(encoding="utf-8")
     makefile = (DOCKER.parent / "Makefile").read_text(encoding="utf-8")
     horovod = re.search(r"^HOROVOD := (\S+)$", makefile, re.MULTILINE)
