@@ -1,8 +1,8 @@
 """The same tiles by every way, in one interleaved run: ``python serve/benchmark.py`` (``make benchmark``).
 
 The engine alone in this process, Triton by gRPC and by shared memory, NVIDIA's perf_analyzer, and the client from file
-to file. Every level is measured once in each round, another one first each time, so that a slow moment of the machine
-meets all; ratios are taken within a round.
+to file. Every level is measured once in each round, and each round starts with another level, so that a slow moment of
+the machine affects all of them; ratios are taken within a round. Results are written as they come.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.measure.benchmark import Bench
+from serve.measure.benchmark import Bench, BenchmarkSettings
+from serve.measure.common import own_or_demo
 from unet.errors import command, say
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC")
     parser.add_argument("--model_name", default="unet", help="the served model")
     parser.add_argument(
-        "--artefacts", type=Path, default=Path("artefacts"), help="what is served, for the engine alone"
+        "--artefacts",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="what is served, for the engine alone (default: artefacts, or demo/artefacts where there is none)",
     )
     parser.add_argument("--tile_sizes", type=int, nargs="+", default=[572], help="rows and columns of an image")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 16], help="images in a request")
@@ -43,23 +47,20 @@ def _parser() -> argparse.ArgumentParser:
         "--shared_memory", choices=("auto", "on", "off", "cuda"), default="auto", help="with a server on this machine"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for tables and charts")
-    parser.add_argument("--no-perf_analyzer", action="store_true", help="leave perf_analyzer's rows out")
+    parser.add_argument("--no_perf_analyzer", action="store_true", help="leave perf_analyzer's rows out")
+    parser.add_argument("--no-perf_analyzer", action="store_true", dest="no_perf_analyzer", help=argparse.SUPPRESS)
     return parser
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and keep."""
-    parser = _parser()
-    chosen = parser.parse_args(argv)
-    if chosen.seconds <= 0 or min(chosen.rounds, *chosen.concurrency) < 1 or chosen.slices < 0:
-        parser.error("--seconds must be positive, --rounds and --concurrency at least 1, --slices not negative")
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(chosen)
+    chosen = vars(_parser().parse_args(argv))
+    artefacts = own_or_demo(chosen.pop("artefacts", None), "artefacts")
+    bench = Bench(BenchmarkSettings(artefacts=artefacts, **chosen))
     bench.run()
-    text = bench.report()
-    bench.write(text)
-    say(text)
+    say(bench.report())
+    bench.check()
     return 0
 
 

@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.measure.perf_analyzer import PerfAnalyzer, PerfAnalyzerError
+from serve.measure.common import MeasureError
+from serve.measure.perf_analyzer import PerfAnalyzer
 from serve.server.install import TritonError, find_installation
 from unet.card import Card, CardError
 from unet.engine.cpu import EngineChoice, EngineError, supported_choices
@@ -184,7 +185,7 @@ def look_at_perf_analyzer() -> Finding:
     """Whether NVIDIA's benchmark runs."""
     try:
         PerfAnalyzer(Path("benchmark"))
-    except PerfAnalyzerError as error:
+    except MeasureError as error:
         return Finding("perf_analyzer", ABSENT, str(error))
     return Finding("perf_analyzer", OK, f"of tritonclient {_version('tritonclient')}")
 

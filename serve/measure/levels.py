@@ -6,6 +6,7 @@ Each way is a level: something with a name that measures a load for a while and 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from serve.segment.connection import ClientError, Connection, Interface
 from serve.segment.slots import CudaSlot, SharedSlot, Slot, make_slots
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 Infer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float16]]
 # Levels by the kind of room that their requests travel in, the fastest first.
@@ -55,6 +56,7 @@ class Sample:
         server: what the server counted meanwhile, None without one.
         cost: what it took, None where it was not measured.
         perf: perf_analyzer's own row.
+        cached: requests that the server's response cache answered.
     """
 
     images: float
@@ -63,11 +65,17 @@ class Sample:
     server: ServerCounts | None = None
     cost: Cost | None = None
     perf: PerfRow | None = None
+    cached: int = 0
 
     @property
     def img_per_s(self) -> float:
         """Images over wall time."""
         return self.images / self.wall_s
+
+
+def make_distinct(images: npt.NDArray[np.uint8]) -> None:
+    """Change the first pixels of a request at random, so that a response cache never has its answer."""
+    images.reshape(-1)[:8] = np.frombuffer(os.urandom(8), np.uint8)
 
 
 class Level(Protocol):
@@ -168,7 +176,7 @@ class TritonLevel:
         if failures:
             raise failures[0]
         latencies_s = tuple(latency for each in taken for latency in each)
-        return Sample(load.batch_size * len(latencies_s), wall_s, latencies_s, counts, cost)
+        return Sample(load.batch_size * len(latencies_s), wall_s, latencies_s, counts, cost, cached=counts.cached)
 
     @contextlib.contextmanager
     def _sender(self, images: npt.NDArray[np.uint8]) -> Any:
@@ -181,6 +189,7 @@ class TritonLevel:
 
                 def send() -> None:
                     slot.images[...] = images
+                    make_distinct(slot.images)
                     answer = connection.infer(*slot.tensors(connection.grpc, len(images)))
                     slot.outputs(answer, len(images))
 
@@ -216,15 +225,17 @@ class PerfAnalyzerLevel:
     def measure(self, load: Load, seconds: float) -> Sample:
         """Three of its windows, which together last about as long as was asked for.
 
+        It sends the same tiles again and again, which a response cache answers: the sample then says so.
+
         Raises:
-            PerfAnalyzerError: it fails or sees nothing stable.
+            MeasureError: it fails.
         """
         # It wants a number of requests for each window, of which it takes three.
         if load not in self._rates:
             self._rates[load] = self._ours.measure(load, 0.0).img_per_s / load.batch_size
         wanted = self._rates[load] * seconds / 3
         started = time.perf_counter()
-        with self._meter.measure() as cost:
+        with counted(self._url, self._model, self._timeout_s) as counts, self._meter.measure() as cost:
             row = self._analyzer.measure(
                 self._url,
                 self._model,
@@ -236,7 +247,28 @@ class PerfAnalyzerLevel:
                 timeout_s=self._timeout_s,
             )
         wall_s = time.perf_counter() - started
-        return Sample(row.img_per_s * wall_s, wall_s, perf=row, cost=cost)
+        return Sample(row.img_per_s * wall_s, wall_s, perf=row, cost=cost, cached=counts().cached)
+
+
+@contextlib.contextmanager
+def counted(url: str, model: str, timeout_s: float = 60.0) -> Iterator[Callable[[], ServerCounts]]:
+    """Gives a function that tells what the server has counted since the block began; it stays usable after the block.
+
+    Raises:
+        ClientError: the server does not answer or refuses.
+    """
+
+    def read() -> ServerCounts:
+        connection = Connection(url, model, "", timeout_s)
+        try:
+            return ServerCounts.read(connection.client, model)
+        except connection.grpc.InferenceServerException as error:
+            raise connection.explain(error) from error
+        finally:
+            connection.close()
+
+    before = read()
+    yield lambda: read().since(before)
 
 
 def check_loads(loads: Sequence[Load], interface: Interface) -> None:

@@ -25,7 +25,8 @@ class ServerCounts:
     Attributes:
         images: inferences, one for each image.
         passes: of the engine.
-        requests: answered.
+        requests: that the engine answered.
+        cached: requests that the response cache answered, without a pass.
     """
 
     images: int
@@ -35,6 +36,7 @@ class ServerCounts:
     compute_input_ns: int
     compute_infer_ns: int
     compute_output_ns: int
+    cached: int = 0
 
     @classmethod
     def read(cls, client: Any, model: str) -> ServerCounts:
@@ -44,14 +46,22 @@ class ServerCounts:
             client: tritonclient's gRPC client.
             model: the model's name.
         """
-        counts = client.get_inference_statistics(model).model_stats[0]
-        stats = counts.inference_stats
-        times = (stats.queue.ns, stats.compute_input.ns, stats.compute_infer.ns, stats.compute_output.ns)
-        return cls(counts.inference_count, counts.execution_count, stats.queue.count, *times)
+        # One entry for each version that is loaded: a new one may be published meanwhile.
+        versions = client.get_inference_statistics(model).model_stats
+        return cls(*(sum(column) for column in zip(*map(_counts_of, versions))))
 
     def since(self, before: ServerCounts) -> ServerCounts:
         """What came after an earlier count."""
-        return ServerCounts(*(getattr(self, one.name) - getattr(before, one.name) for one in fields(self)))
+        # The counts of a version go when it is unloaded.
+        return ServerCounts(*(max(0, getattr(self, one.name) - getattr(before, one.name)) for one in fields(self)))
+
+
+def _counts_of(version: Any) -> tuple[int, ...]:
+    stats = version.inference_stats
+    cached = stats.cache_hit.count
+    times = (stats.queue.ns, stats.compute_input.ns, stats.compute_infer.ns, stats.compute_output.ns)
+    # Triton queues a request before it asks the cache.
+    return (version.inference_count, version.execution_count, stats.compute_infer.count, *times, cached)
 
 
 def cpu_s(process: psutil.Process) -> float:
@@ -135,7 +145,9 @@ class Meter:
             cost.server_cpu_s, cost.server_rss_mib = server, rss_mib(self._server)
         said = run_tool(*_GPU_QUERY)
         if said:
-            cost.gpu_percent, cost.gpu_mib = (float(cell) for cell in said.splitlines()[0].split(","))
+            # A driver answers "[N/A]" for what it does not count, as on a GPU that is split into instances.
+            with contextlib.suppress(ValueError):
+                cost.gpu_percent, cost.gpu_mib = (float(cell) for cell in said.splitlines()[0].split(","))
 
     def _times(self) -> tuple[float, float, float]:
         """CPU time of this process's tree, of the server's, and of every process that can be seen."""

@@ -5,35 +5,35 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from unet.errors import UnetError
+from serve.measure.common import MeasureError
 from unet.geometry import output_size
 from unet.processes import signals_held_back
 
 # The names under which the binary wants the libraries that nvidia-pytriton carries with a hash in theirs.
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so*", "libcudart.so.12": "libcudart-*.so.12*"}
 _UNSTABLE = 2
-_STABILITY_PERCENT = (40, 80)
-_MOST_WINDOWS = 6
+# Three of its windows in a row must agree within this; without that a second run, which says so, is less strict.
+STABLE_PERCENT = 10.0
+_LOOSE_PERCENT = 80.0
+_MOST_WINDOWS = 10
+_LOAD = "Concurrency"
 _SHARED_MEMORY = "/dev/shm/"
-# Of its report, as tritonclient 2.50 brings it.
+# Of its report, as tritonclient 2.50 brings it; with a request rate the first one is that.
 COLUMNS = (
-    *("Concurrency", "Inferences/Second", "Client Send", "Network+Server Send/Recv", "Server Queue"),
+    *(_LOAD, "Inferences/Second", "Client Send", "Network+Server Send/Recv", "Server Queue"),
     *("Server Compute Input", "Server Compute Infer", "Server Compute Output", "Client Recv"),
     *("p50 latency", "p90 latency", "p95 latency", "p99 latency"),
 )
-
-
-class PerfAnalyzerError(UnetError):
-    """perf_analyzer is not there or did not measure."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,13 @@ class PerfRow:
 
     Attributes:
         columns: by its own names, see `COLUMNS`; latencies are of requests, in microseconds.
+        requests: that it measured, 0 if it did not say.
+        stable: whether its windows agreed within `STABLE_PERCENT`.
     """
 
     columns: dict[str, float]
+    requests: int = 0
+    stable: bool = True
 
     @property
     def img_per_s(self) -> float:
@@ -66,21 +70,21 @@ class PerfAnalyzer:
         reports: folder for its reports.
 
     Raises:
-        PerfAnalyzerError: if the program or one of its libraries is not installed.
+        MeasureError: if the program or one of its libraries is not installed.
     """
 
     def __init__(self, reports: Path) -> None:
         self._program = Path(sys.executable).parent / "perf_analyzer"
         spec = find_spec("pytriton")
         if not self._program.exists() or spec is None or spec.origin is None:
-            raise PerfAnalyzerError("perf_analyzer is not installed: pip install 'unet-medical-triton[serve]'")
+            raise MeasureError("perf_analyzer is not installed: pip install 'unet-medical-triton[serve]'")
         self._reports = reports
         carried = Path(spec.origin).parent.parent / "nvidia_pytriton.libs"
         self._libraries: dict[str, Path] = {}
         for name, pattern in _LIBRARIES.items():
             found = sorted(carried.glob(pattern))
             if not found:
-                raise PerfAnalyzerError(f"{carried} has no {pattern}, which perf_analyzer needs: install it again")
+                raise MeasureError(f"{carried} has no {pattern}, which perf_analyzer needs: install it again")
             self._libraries[name] = found[0]
 
     def measure(
@@ -93,11 +97,13 @@ class PerfAnalyzer:
         requests: int,
         memory: str,
         concurrency: int = 1,
+        rate: float | None = None,
         timeout_s: float = 600.0,
     ) -> PerfRow:
         """Measure one batch size.
 
-        Three of its windows must agree within 40 %, or, on a second try, within 80 %.
+        Three of its windows in a row must agree within 10 %; where they do not, it measures once more with less demand,
+        and the row says that it is not stable.
 
         Args:
             url: host and port of the server's gRPC.
@@ -107,31 +113,37 @@ class PerfAnalyzer:
             requests: in each of its measurement windows.
             memory: that images travel in: "none", "system" or "cuda".
             concurrency: requests at a time.
+            rate: arrivals a second at random (a Poisson process) instead; None sends the next request after an answer.
             timeout_s: longest run.
 
         Raises:
-            PerfAnalyzerError: if it fails, is not stable, or takes too long; the end of its output is in the message.
+            MeasureError: if it fails, is not stable, or takes too long; the end of its output is in the message.
         """
         report = self._reports / f"perf_analyzer-batch{batch_size}.csv"
         words = [str(self._program), "-m", model_name, "-u", url, "-i", "grpc", "-b", str(batch_size)]
         words += ["--shape", f"image:1,{tile_size},{tile_size}", "--input-data", "random"]
-        words += ["--concurrency-range", str(concurrency), "--measurement-mode", "count_windows"]
-        words += ["--measurement-request-count", str(requests)]
+        words += ["--measurement-mode", "count_windows", "--measurement-request-count", str(requests)]
         words += ["--max-trials", str(_MOST_WINDOWS), "-f", str(report)]
+        if rate is None:
+            words += ["--concurrency-range", str(concurrency)]
+        else:
+            words += ["--request-rate-range", f"{rate:g}", "--request-distribution", "poisson"]
         if memory != "none":
             size = batch_size * output_size(tile_size) ** 2 * 2
             words += ["--shared-memory", memory, "--output-shared-memory-size", str(size)]
         self._reports.mkdir(parents=True, exist_ok=True)
-        for percent in _STABILITY_PERCENT:
+        for percent in (STABLE_PERCENT, _LOOSE_PERCENT):
             report.unlink(missing_ok=True)
-            code, said = self._run([*words, "-s", str(percent)], timeout_s)
+            code, said = self._run([*words, "-s", f"{percent:g}"], timeout_s)
             if code != _UNSTABLE:
                 break
         if code or not report.exists():
             tail = "\n".join(said.strip().splitlines()[-8:])
-            reason = "saw no stable measurement" if code == _UNSTABLE else "failed"
-            raise PerfAnalyzerError(f"perf_analyzer {reason} at batch {batch_size}; the end of its output is:\n{tail}")
-        return read_report(report)
+            how = f"{_ending(code)} at batch {batch_size}"
+            raise MeasureError(f"perf_analyzer {how}; the end of its output is:\n{tail}")
+        counted = re.search(r"Request count: (\d+)", said)
+        row = read_report(report)
+        return replace(row, requests=int(counted[1]) if counted else 0, stable=percent == STABLE_PERCENT)
 
     def _run(self, words: list[str], timeout_s: float) -> tuple[int, str]:
         """Its exit code and what it said."""
@@ -143,10 +155,15 @@ class PerfAnalyzer:
                 try:
                     said = process.communicate(timeout=timeout_s)[0]
                 except subprocess.TimeoutExpired:
-                    raise PerfAnalyzerError(
-                        f"{self._program} took more than {timeout_s:g} s for one batch size"
-                    ) from None
+                    raise MeasureError(f"{self._program} took more than {timeout_s:g} s for one batch size") from None
         return process.returncode, said
+
+
+def _ending(code: int) -> str:
+    """How it ended, in words."""
+    if code < 0:
+        return f"was killed by signal {-code}"
+    return "saw no stable measurement" if code == _UNSTABLE else f"failed with exit code {code}"
 
 
 @contextlib.contextmanager
@@ -192,11 +209,12 @@ def read_report(path: Path) -> PerfRow:
     """The one row of a report with one concurrency.
 
     Raises:
-        PerfAnalyzerError: it has other columns.
+        MeasureError: it has other columns.
     """
     with path.open(newline="", encoding="utf-8") as stream:
         row = next(csv.DictReader(stream), {})
+    row.setdefault(_LOAD, row.get("Request Rate", ""))
     try:
         return PerfRow({name: float(row[name]) for name in COLUMNS})
     except (KeyError, ValueError) as error:
-        raise PerfAnalyzerError(f"{path} is not what perf_analyzer of tritonclient 2.50 writes: {error!r}") from error
+        raise MeasureError(f"{path} is not what perf_analyzer of tritonclient 2.50 writes: {error!r}") from error

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serve.measure.common import LEAST_REQUESTS, percentiles
 from serve.measure.levels import WAYS
-from serve.measure.perf_analyzer import COLUMNS
+from serve.measure.perf_analyzer import COLUMNS, STABLE_PERCENT
 from unet.geometry import plan_tiles
 from unet.machine import usable_cores
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from serve.measure.levels import Load, Sample
 
 SLICE_PX = 512
-PERCENTILES = (50, 90, 95, 99)
 # Little's law holds for means over the same stretch; the ends of a short one do not quite belong to it.
 _LITTLE_TOLERANCE = 0.2
 # The mean of equal latencies is one of them only up to the rounding of their sum.
@@ -38,6 +38,8 @@ class Row:
         rounds: the same of each round.
         requests: that were answered; None where perf_analyzer does not say.
         mean_ms: of a request, from its sending to its answer.
+        p50_ms: and so on: percentiles of the same; None where there were too few requests, see `LEAST_REQUESTS`.
+        max_ms: the slowest request.
         queue_ms: of that, waiting in the server for an engine, the mean by the server's own counts; None without one.
         compute_input_ms: bringing the pixels to the engine.
         compute_infer_ms: in the engine, for Triton's python backend with the way to it.
@@ -65,6 +67,7 @@ class Row:
     p90_ms: float | None = None
     p95_ms: float | None = None
     p99_ms: float | None = None
+    max_ms: float | None = None
     queue_ms: float | None = None
     compute_input_ms: float | None = None
     compute_infer_ms: float | None = None
@@ -112,47 +115,64 @@ def summarise(level: str, load: Load, samples: Sequence[Sample]) -> Row:
     """The row of a level's rounds."""
     rounds = tuple(sample.img_per_s for sample in samples)
     rate = sum(sample.images for sample in samples) / sum(sample.wall_s for sample in samples)
-    values: dict[str, float] = {}
+    values: dict[str, float | None] = {}
     values |= _from_perf_analyzer(samples) if samples[0].perf is not None else _latencies(samples)
     values |= _server_counts(samples) | _costs(samples)
-    requests = sum(len(sample.latencies_s) for sample in samples) or None
+    requests = sum(len(one.latencies_s) if one.perf is None else one.perf.requests for one in samples) or None
     where = level, load.tile_size, load.batch_size, load.concurrency
     alone = samples[0].server is None and samples[0].perf is None
-    refused = refusal(replace(load, concurrency=1) if alone else load, rate, rounds, values, requests)
+    refused = _foreign(samples) or refusal(
+        replace(load, concurrency=1) if alone else load, rate, rounds, values, requests
+    )
     return Row(*where, rate, rounds, requests, **values, refused=refused)  # type: ignore[arg-type]
 
 
-def _latencies(samples: Sequence[Sample]) -> dict[str, float]:
-    taken_ms = np.concatenate([sample.latencies_s for sample in samples]) * 1e3
-    values = {f"p{share}_ms": float(np.percentile(taken_ms, share)) for share in PERCENTILES}
-    return {"mean_ms": float(taken_ms.mean()), **values}
+def _foreign(samples: Sequence[Sample]) -> str:
+    """Why rounds do not tell of the engine, or not steadily; empty if they do."""
+    cached = sum(sample.cached for sample in samples)
+    if cached:
+        return f"answered from the response cache: {cached} requests never came to the engine"
+    loose = sum(sample.perf is not None and not sample.perf.stable for sample in samples)
+    if loose:
+        return f"unstable: in {loose} of {len(samples)} runs its windows did not agree within {STABLE_PERCENT:g} %"
+    return ""
 
 
-def _from_perf_analyzer(samples: Sequence[Sample]) -> dict[str, float]:
-    """The means over its runs; it keeps single latencies to itself."""
-    names = {f"p{share}_ms": f"p{share} latency" for share in PERCENTILES}
+def _latencies(samples: Sequence[Sample]) -> dict[str, float | None]:
+    taken_s = np.concatenate([sample.latencies_s for sample in samples])
+    shares = {f"p{share}_ms": value for share, value in percentiles(taken_s).items()}
+    return {"mean_ms": float(taken_s.mean()) * 1e3, **shares, "max_ms": float(taken_s.max()) * 1e3}
+
+
+def _from_perf_analyzer(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """The means over its runs; it keeps single latencies to itself, so each run needs enough requests of its own."""
+    fewest = min(sample.perf.requests for sample in samples if sample.perf is not None)
+    names = {f"p{share}_ms": f"p{share} latency" for share, least in LEAST_REQUESTS.items() if fewest >= least}
     names |= {"queue_ms": "Server Queue", "compute_input_ms": "Server Compute Input"}
     names |= {"compute_infer_ms": "Server Compute Infer", "compute_output_ms": "Server Compute Output"}
     rows = [sample.perf for sample in samples if sample.perf is not None]
     return {ours: float(np.mean([row.ms(theirs) for row in rows])) for ours, theirs in names.items()}
 
 
-def _server_counts(samples: Sequence[Sample]) -> dict[str, float]:
+def _server_counts(samples: Sequence[Sample]) -> dict[str, float | None]:
     counts = [sample.server for sample in samples if sample.server is not None]
     requests = sum(count.requests for count in counts)
     if not requests:
         return {}
     names = ("queue", "compute_input", "compute_infer", "compute_output")
-    times = {f"{name}_ms": sum(getattr(count, f"{name}_ns") for count in counts) / requests / 1e6 for name in names}
-    return {**times, "images_per_pass": sum(count.images for count in counts) / sum(count.passes for count in counts)}
+    times: dict[str, float | None] = {
+        f"{name}_ms": sum(getattr(count, f"{name}_ns") for count in counts) / requests / 1e6 for name in names
+    }
+    passes = sum(count.passes for count in counts)
+    return {**times, "images_per_pass": sum(count.images for count in counts) / passes} if passes else times
 
 
-def _costs(samples: Sequence[Sample]) -> dict[str, float]:
+def _costs(samples: Sequence[Sample]) -> dict[str, float | None]:
     costs = [sample.cost for sample in samples if sample.cost is not None]
     if not costs:
         return {}
     wall_s = sum(sample.wall_s for sample in samples)
-    values = {"other_cores": sum(cost.other_cpu_s for cost in costs) / wall_s}
+    values: dict[str, float | None] = {"other_cores": sum(cost.other_cpu_s for cost in costs) / wall_s}
     if samples[0].perf is not None:
         return values  # the rest is as much of its start as of its load
     values["client_cores"] = sum(cost.client_cpu_s for cost in costs) / wall_s
@@ -169,7 +189,7 @@ def _costs(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def refusal(
-    load: Load, rate: float, rounds: Sequence[float], values: dict[str, float], requests: int | None = None
+    load: Load, rate: float, rounds: Sequence[float], values: Mapping[str, float | None], requests: int | None = None
 ) -> str:
     """Why a row contradicts itself or was disturbed; empty if nothing speaks against it.
 
@@ -191,7 +211,7 @@ def refusal(
             return f"{rate:.1f} img/s do not go with a mean latency of {mean_ms:.1f} ms, which makes {expected:.1f}"
     if max(rounds) > _LARGEST_SPREAD * min(rounds):
         return f"not stable: its rounds gave {min(rounds):.1f} to {max(rounds):.1f} img/s"
-    other = values.get("other_cores", 0.0)
+    other = values.get("other_cores") or 0.0
     if other > _LARGEST_OTHER_SHARE * usable_cores():
         return f"another load on the machine took {other:.1f} cores meanwhile"
     return ""

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serve.measure.common import LEAST_REQUESTS
 from serve.measure.levels import WAYS, EngineLevel
 from serve.measure.perf_analyzer import COLUMNS
+from serve.measure.rows import SLICE_PX, Row
 from unet.files import atomic_file
 from unet.measure import ratios
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    from serve.measure.rows import Row
 
 NOT_MEASURED = "not measured"
 # The reference document's inference figures, img/s on one V100 16 GB at 572 x 572: (TF-AMP, FP32) by batch size.
@@ -87,15 +87,16 @@ def latency_table(rows: Sequence[Row]) -> str:
     for row in rows:
         what = [row.level, str(row.tile_size), str(row.batch_size), str(row.concurrency)]
         if row.refused:
-            lines.append([*what, *["refused"] * 8, *["-"] * 5])
+            lines.append([*what, *["refused"] * 9, *["-"] * 5])
             continue
-        cells = [figure(time) for time in (row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms)]
+        cells = [figure(row.requests, 0)]
+        cells += [figure(time) for time in (row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms)]
         cells += [figure(time) for time in (row.queue_ms, row.compute_input_ms)]
         cells += [figure(time) for time in (row.compute_infer_ms, row.compute_output_ms)]
         wire = None if row.wire_bytes_per_img is None else row.wire_bytes_per_img / 1e3
         cells += [figure(row.images_per_pass, 2), figure(row.client_cores, 2), figure(row.server_cores, 2)]
         lines.append([*what, *cells, figure(row.server_rss_mib, 0), figure(wire)])
-    head = ["level", "tile", "batch", "requests at a time", "p50 ms", "p90 ms", "p95 ms", "p99 ms"]
+    head = ["level", "tile", "batch", "requests at a time", "requests", "p50 ms", "p90 ms", "p95 ms", "p99 ms"]
     head += ["queue ms", "input ms", "infer ms", "output ms", "images in a pass"]
     return markdown([*head, "client cores", "server cores", "server MiB", "kB on the wire/img"], lines)
 
@@ -131,6 +132,42 @@ def v100_table(rows: Sequence[Row], gpu: str) -> str:
     return markdown([*head, "our plan alone", *(f"through Triton, {way}" for way in WAYS.values())], lines)
 
 
+def report(
+    rows: Sequence[Row], stack: Mapping[str, Any], not_measured: Mapping[str, str], heading: str, gpu: str
+) -> str:
+    """Everything that a benchmark found, as Markdown.
+
+    Args:
+        rows: of every level under every load.
+        stack: what `Bench.stack` holds.
+        not_measured: reasons by name.
+        heading: where and how it was measured.
+        gpu: the name of this machine's GPU, empty if there is none.
+    """
+    parts = [
+        heading,
+        "The V100 columns are another machine's: the reference document measured TensorFlow there, with no server.",
+        throughput_table(rows),
+    ]
+    if stack:
+        each = stack["client_over_engine"]
+        parts.append(
+            f"A stack of {stack['slices']} slices of {SLICE_PX} x {SLICE_PX} from file to file by the client: "
+            f"{stack['client_slices_per_s']:.2f} slices/s, by the engine on arrays in memory "
+            f"{stack['engine_slices_per_s']:.2f}; ratio {statistics.median(each):.3f} "
+            f"({each[0]:.3f}-{each[-1]:.3f}), {stack['tiles_per_slice']} tile of {stack['tile_size']} for a slice."
+        )
+    if EngineLevel.name in levels_of(rows):
+        parts += ["Over the engine alone, round by round:", ratio_table(rows, EngineLevel.name)]
+    fewest = ", ".join(f"p{share} from {least:,}" for share, least in LEAST_REQUESTS.items() if least > 1)
+    parts += [f"Where the time goes (a percentile needs enough requests: {fewest}):", latency_table(rows)]
+    if any(load[0] == V100_TILE for load in loads_of(rows)):
+        parts += ["On a V100:", v100_table(rows, gpu)]
+    parts += refusals(rows)
+    parts += [f"{NOT_MEASURED}: {name}: {reason}" for name, reason in not_measured.items()]
+    return "\n\n".join(parts)
+
+
 def refusals(rows: Sequence[Row]) -> list[str]:
     """A line for each row that is not to be believed."""
     return [
@@ -161,7 +198,13 @@ def draw(folder: Path, rows: Sequence[Row]) -> None:
     throughput = {level: [_spread(one.get(level)) for one in found] for level in levels}
     latency = {level: [_tail(one.get(level)) for one in found] for level in levels}
     _chart(folder / "throughput.png", names, throughput, "img/s; the line is the spread of the rounds")
-    _chart(folder / "latency.png", names, latency, "p50 of a request, ms; the line goes up to p99", log=True)
+    _chart(
+        folder / "latency.png",
+        names,
+        latency,
+        "p50 of a request, ms; the line goes up to the highest percentile known",
+        log=True,
+    )
 
 
 def _spread(row: Row | None) -> Bar:
@@ -171,9 +214,10 @@ def _spread(row: Row | None) -> Bar:
 
 
 def _tail(row: Row | None) -> Bar:
-    if row is None or row.p50_ms is None or row.p99_ms is None:
+    if row is None or row.p50_ms is None:
         return _NO_BAR
-    return row.p50_ms, 0.0, max(0.0, row.p99_ms - row.p50_ms)
+    tail_ms = row.p50_ms if row.p99_ms is None else row.p99_ms
+    return row.p50_ms, 0.0, max(0.0, tail_ms - row.p50_ms)
 
 
 def _chart(

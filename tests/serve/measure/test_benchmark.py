@@ -19,7 +19,7 @@ from serve.benchmark import main
 from serve.measure import tables
 from serve.measure.levels import Load, Sample
 from serve.measure.meter import Meter, ServerCounts, server_process
-from serve.measure.perf_analyzer import COLUMNS
+from serve.measure.perf_analyzer import COLUMNS, PerfRow
 from serve.measure.rows import Row, lone_rows, refusal, summarise
 from serve.server.process import TritonServer
 from unet.files import sha256_of
@@ -45,8 +45,34 @@ def test_honest_measurements_are_never_refused(latencies_s: list[float], batch: 
     sample = Sample(batch * len(latencies_s), sum(latencies_s), tuple(latencies_s))
     row = summarise("engine", Load(572, batch), [sample])
     assert row.refused == ""
-    assert row.p50_ms is not None
-    assert row.p50_ms <= row.p90_ms <= row.p95_ms <= row.p99_ms  # type: ignore[operator]
+    known = [one for one in (row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms, row.max_ms) if one is not None]
+    assert known == sorted(known)
+
+
+@pytest.mark.parametrize(
+    ("requests", "known"),
+    [(1, [50]), (49, [50]), (50, [50, 90]), (99, [50, 90]), (100, [50, 90, 95]), (999, [50, 90, 95])]
+    + [(1000, [50, 90, 95, 99])],
+)
+def test_a_percentile_needs_enough_requests(requests: int, known: list[int]) -> None:
+    latencies_s = tuple(np.linspace(0.01, 0.02, requests))
+    row = summarise("gRPC", Load(572, 1), [Sample(requests, sum(latencies_s), latencies_s)])
+    assert [share for share in (50, 90, 95, 99) if getattr(row, f"p{share}_ms") is not None] == known
+    # perf_analyzer keeps single latencies to itself: each of its runs needs as many.
+    columns = dict.fromkeys(COLUMNS, 1000.0)
+    perf = [Sample(10, 1.0, perf=PerfRow(columns, count)) for count in (requests, 10_000)]
+    row = summarise("perf_analyzer", Load(572, 1), perf)
+    assert [share for share in (50, 90, 95, 99) if getattr(row, f"p{share}_ms") is not None] == known
+
+
+def test_what_the_cache_answered_and_what_is_unstable_say_so() -> None:
+    counts = ServerCounts(0, 0, 0, 0, 0, 0, 0, cached=9)
+    row = summarise("gRPC", Load(572, 1), [Sample(9, 9.0, (1.0,) * 9, counts, cached=9)])
+    assert row.refused == "answered from the response cache: 9 requests never came to the engine"
+    assert row.images_per_pass is None
+    perf = [Sample(10, 1.0, perf=PerfRow(dict.fromkeys(COLUMNS, 1.0), 100, stable)) for stable in (True, False)]
+    row = summarise("perf_analyzer", Load(572, 1), perf)
+    assert row.refused == "unstable: in 1 of 2 runs its windows did not agree within 10 %"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +235,8 @@ def test_the_table_for_programs_has_perf_analyzers_columns(record: tuple[Path, d
     assert list(rows[0]) == ["Level", "Tile", "Batch", *COLUMNS, "Refused"]
     for line, row in zip(rows, values["rows"]):
         assert float(line["Inferences/Second"]) == pytest.approx(row["img_per_s"], abs=1e-3)
-        assert float(line["p99 latency"]) == pytest.approx(row["p99_ms"] * 1e3, abs=1)
+        assert float(line["p50 latency"]) == pytest.approx(row["p50_ms"] * 1e3, abs=1)
+        assert (line["p99 latency"] == "") is (row["p99_ms"] is None)
 
 
 def test_counts_are_differences() -> None:
@@ -241,7 +268,7 @@ def test_another_engine_than_the_served_one_is_not_measured(
     (other / "card.json").write_text(json.dumps({**card, "tile_sizes": [204]}))
     assert sha256_of(other / "card.json") != sha256_of(tiny_artefacts / "card.json")
     flags = ["--url", triton_server.settings.grpc_url, "--tile_sizes", "204", "--batch_sizes", "1", "--rounds", "1"]
-    flags += ["--seconds", "0.1", "--no-perf_analyzer", "--slices", "0", "--out", str(tmp_path / "out")]
+    flags += ["--seconds", "0.1", "--no_perf_analyzer", "--slices", "0", "--out", str(tmp_path / "out")]
     for artefacts, reason in ((other, "does not serve"), (tmp_path / "none", "card.json does not exist")):
         assert main([*flags, "--artefacts", str(artefacts)]) == 0
         said = capsys.readouterr().out

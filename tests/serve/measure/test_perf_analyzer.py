@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve.measure.perf_analyzer import COLUMNS, PerfAnalyzer, PerfAnalyzerError, read_report
+from serve.measure import perf_analyzer
+from serve.measure.common import MeasureError
+from serve.measure.perf_analyzer import COLUMNS, PerfAnalyzer, read_report
 from serve.server.process import TritonServer
 
 
@@ -49,14 +51,14 @@ def its_perf_analyzer(pid: int) -> tuple[psutil.Process, list[Path]]:
 
 
 def test_perf_analyzer_that_takes_too_long_is_a_sentence(triton_server: TritonServer, tmp_path: Path) -> None:
-    with pytest.raises(PerfAnalyzerError, match="took more than 1 s"):
+    with pytest.raises(MeasureError, match="took more than 1 s"):
         PerfAnalyzer(tmp_path).measure(
             triton_server.settings.grpc_url, "unet", 1, 252, requests=10**6, memory="none", timeout_s=1
         )
 
 
 def test_perf_analyzer_without_a_server_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(PerfAnalyzerError, match="perf_analyzer failed at batch 1"):
+    with pytest.raises(MeasureError, match="perf_analyzer failed at batch 1"):
         PerfAnalyzer(tmp_path).measure("localhost:1", "unet", 1, 252, requests=3, memory="none")
 
 
@@ -77,7 +79,7 @@ def test_the_report_is_read_in_milliseconds(tmp_path: Path) -> None:
 def test_another_report_is_a_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.csv"
     path.write_text(text)
-    with pytest.raises(PerfAnalyzerError, match=r"report.csv is not what perf_analyzer of tritonclient 2\.50 writes"):
+    with pytest.raises(MeasureError, match=r"report.csv is not what perf_analyzer of tritonclient 2\.50 writes"):
         read_report(path)
 
 
@@ -87,3 +89,21 @@ def test_requests_at_a_time_are_measured(triton_server: TritonServer, tmp_path: 
     )
     assert row.columns["Concurrency"] == 3
     assert row.img_per_s > 0
+
+
+def test_windows_that_do_not_agree_are_said_to_be_unstable(
+    triton_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perf_analyzer, "STABLE_PERCENT", 1e-4)  # windows never agree so closely
+    row = PerfAnalyzer(tmp_path).measure(triton_server.settings.grpc_url, "unet", 1, 252, requests=30, memory="none")
+    assert not row.stable
+    assert row.img_per_s > 0
+    assert row.requests >= 30
+
+
+def test_requests_arrive_at_a_rate(triton_server: TritonServer, tmp_path: Path) -> None:
+    url = triton_server.settings.grpc_url
+    row = PerfAnalyzer(tmp_path).measure(url, "unet", 1, 204, requests=20, memory="none", rate=50.0)
+    # Its first column is then the rate.
+    assert row.columns["Concurrency"] == 50
+    assert 10 < row.img_per_s < 90
