@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,19 @@ from PIL import Image
 
 from serve.benchmark import main
 from serve.measure import tables
-from serve.measure.levels import Load, Sample
+from serve.measure.benchmark import Bench
+from serve.measure.common import own_or_demo
+from serve.measure.levels import EngineLevel, Load, Sample
 from serve.measure.meter import Meter, ServerCounts, server_process
 from serve.measure.perf_analyzer import COLUMNS, PerfRow
+from serve.measure.progress import Progress
 from serve.measure.rows import Row, lone_rows, refusal, summarise
+from serve.measure.served import instance_threads
+from serve.models.config import ModelSettings
+from serve.models.publish import publish
+from serve.segment.connection import Connection
 from serve.server.process import TritonServer
+from serve.server.settings import ServerSettings
 from unet.files import sha256_of
 from unet.machine import usable_cores
 
@@ -51,8 +62,10 @@ def test_honest_measurements_are_never_refused(latencies_s: list[float], batch: 
 
 @pytest.mark.parametrize(
     ("requests", "known"),
-    [(1, [50]), (49, [50]), (50, [50, 90]), (99, [50, 90]), (100, [50, 90, 95]), (999, [50, 90, 95])]
-    + [(1000, [50, 90, 95, 99])],
+    [
+        *((1, [50]), (49, [50]), (50, [50, 90]), (99, [50, 90]), (100, [50, 90, 95])),
+        *((999, [50, 90, 95]), (1000, [50, 90, 95, 99])),
+    ],
 )
 def test_a_percentile_needs_enough_requests(requests: int, known: list[int]) -> None:
     latencies_s = tuple(np.linspace(0.01, 0.02, requests))
@@ -275,6 +288,137 @@ def test_another_engine_than_the_served_one_is_not_measured(
         assert f"not measured: engine: {triton_server.settings.grpc_url}" in said or "card.json" in said
         assert reason in said
         assert "/ engine" not in said
+
+
+def test_with_a_response_cache_the_engine_is_measured_all_the_same(
+    settings_for: Callable[..., ServerSettings],
+    tiny_artefacts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8, response_cache=True))
+    with TritonServer(settings_for(tmp_path / "models", response_cache_mib=64)) as server:
+        flags = ["--url", server.settings.grpc_url, "--artefacts", str(tiny_artefacts), "--tile_sizes", "252"]
+        flags += ["--batch_sizes", "1", "--rounds", "2", "--seconds", "0.4", "--slices", "2"]
+        assert main([*flags, "--out", str(tmp_path / "out")]) == 0
+    values = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))
+    rows = {row["level"]: row for row in values["rows"]}
+    # Ours sends other tiles each time. perf_analyzer repeats its own, and its row says what that comes to.
+    for level in ("gRPC", "shared memory"):
+        assert rows[level]["images_per_pass"] == 1
+        assert "cache" not in rows[level]["refused"]
+    assert "answered from the response cache" in rows["perf_analyzer"]["refused"]
+    assert values["stack"]["client_slices_per_s"] > 0
+    assert "refused: perf_analyzer, tile 252, batch 1, 1 at a time: answered from" in capsys.readouterr().out
+
+
+def test_one_fault_does_not_cost_the_other_results(
+    triton_server: TritonServer, tiny_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """perf_analyzer is killed as soon as it runs, as the kernel does where memory runs out."""
+    flags = ["--url", triton_server.settings.grpc_url, "--artefacts", str(tiny_artefacts), "--tile_sizes", "252"]
+    flags += ["--batch_sizes", "1", "--rounds", "1", "--seconds", "0.3", "--slices", "0", "--out", str(tmp_path)]
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(main, flags)
+        while not run.done():
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.name() == "perf_analyzer":
+                        child.kill()
+        assert run.result() == 0
+    values = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    assert [row["level"] for row in values["rows"]] == ["engine", "gRPC", "shared memory"]
+    assert "perf_analyzer was killed by signal 9" in values["not_measured"]["perf_analyzer, tile 252, batch 1"]
+    assert "not measured: perf_analyzer, tile 252, batch 1" in capsys.readouterr().out
+
+
+def test_rows_are_written_as_they_come(
+    triton_server: TritonServer, tiny_artefacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine fails under the second load, with an error that nobody expected; then Ctrl-C comes in the third."""
+    really = EngineLevel.measure
+
+    def measure(self: EngineLevel, load: Load, seconds: float) -> Sample:
+        if load.batch_size == 2:
+            raise ZeroDivisionError("one by zero")
+        if load.batch_size == 3:
+            raise KeyboardInterrupt
+        return really(self, load, seconds)
+
+    monkeypatch.setattr(EngineLevel, "measure", measure)
+    flags = ["--url", triton_server.settings.grpc_url, "--artefacts", str(tiny_artefacts), "--tile_sizes", "252"]
+    flags += ["--rounds", "1", "--seconds", "0.1", "--slices", "0", "--no-perf_analyzer", "--shared_memory", "off"]
+    assert main([*flags, "--batch_sizes", "1", "2", "3", "--out", str(tmp_path)]) == 130
+    values = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    found = [(row["level"], row["batch_size"]) for row in values["rows"]]
+    assert found == [("engine", 1), ("gRPC", 1), ("gRPC", 2)]
+    assert values["not_measured"] == {"engine, tile 252, batch 2": "ZeroDivisionError: one by zero"}
+
+
+def test_a_failed_measurement_is_not_exit_code_0(
+    settings_for: Callable[..., ServerSettings],
+    tiny_artefacts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server ends after the first load."""
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8))
+    with TritonServer(settings_for(tmp_path / "models")) as server:
+        write = Bench.write
+
+        def stop_then_write(self: Bench) -> None:
+            server.stop()
+            write(self)
+
+        monkeypatch.setattr(Bench, "write", stop_then_write)
+        flags = ["--url", server.settings.grpc_url, "--artefacts", str(tiny_artefacts), "--tile_sizes", "252"]
+        flags += ["--batch_sizes", "1", "2", "--rounds", "1", "--seconds", "0.1", "--slices", "0"]
+        assert main([*flags, "--no_perf_analyzer", "--shared_memory", "off", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "1 of the measurements failed, the others are in" in said.err
+    assert "not measured: gRPC, tile 252, batch 2: no server answers" in said.out
+    rows = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["level"], row["batch_size"]) for row in rows] == [("engine", 1), ("gRPC", 1), ("engine", 2)]
+
+
+def test_the_engine_alone_gets_the_threads_of_an_instance(
+    settings_for: Callable[..., ServerSettings], tiny_artefacts: Path, tmp_path: Path
+) -> None:
+    for threads, instances, expected in ((1, 1, 1), (0, 2, max(1, usable_cores() // 2))):
+        settings = ModelSettings(threads=threads, instances=instances, max_batch_size=8)
+        publish(tiny_artefacts, tmp_path / str(instances), settings)
+        with TritonServer(settings_for(tmp_path / str(instances))) as server:
+            connection = Connection(server.settings.grpc_url, "unet", "", 60)
+            assert instance_threads(connection) == expected
+            connection.close()
+            # What the server itself says of its instances.
+            assert f", {expected} threads" in server.settings.log.read_text(encoding="utf-8")
+
+
+def test_a_long_step_gives_signs_of_life(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2, each=True, every_s=0.05) as progress:
+        with progress.step("the first"):
+            deadline = time.monotonic() + 30
+            said = ""
+            while "s so far" not in said and time.monotonic() < deadline:
+                said += capsys.readouterr().err
+        with progress.step("the second"):
+            pass
+    said += capsys.readouterr().err
+    assert "[1/2] the first: starts" in said
+    assert "[1/2] the first: 0 s so far" in said
+    assert "[2/2] the second: done in 0.0 s" in said
+
+
+def test_what_the_demo_made_is_taken_where_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert own_or_demo(None, "artefacts") == Path("artefacts")
+    (tmp_path / "demo" / "artefacts").mkdir(parents=True)
+    assert own_or_demo(None, "artefacts") == Path("demo/artefacts")
+    assert own_or_demo(Path("named"), "artefacts") == Path("named")
+    (tmp_path / "artefacts").mkdir()
+    assert own_or_demo(None, "artefacts") == Path("artefacts")
 
 
 def test_a_dead_server_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def test_perf_analyzer_that_takes_too_long_is_a_sentence(triton_server: TritonSe
 
 
 def test_perf_analyzer_without_a_server_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(MeasureError, match="perf_analyzer failed at batch 1"):
+    with pytest.raises(MeasureError, match="perf_analyzer failed with exit code 99 at batch 1"):
         PerfAnalyzer(tmp_path).measure("localhost:1", "unet", 1, 252, requests=3, memory="none")
 
 
