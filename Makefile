@@ -89,7 +89,9 @@ benchmark: install  ## images per second of what is served, or else of the newes
 	$(BIN)/python serve/benchmark.py $(BENCHMARK_FLAGS)
 
 .PHONY: peers
-peers: install peers-install  ## the same network by TensorFlow, ONNX Runtime, OpenVINO and PyTorch (PEERS_FLAGS=)
+peers: install  ## the same network by TensorFlow, ONNX Runtime, OpenVINO and PyTorch (PEERS_FLAGS=)
+	@$(BIN)/python serve/peers.py --check $(PEERS_FLAGS)
+	@$(MAKE) --no-print-directory peers-install
 	@$(BIN)/python serve/peers.py $(PEERS_FLAGS)
 
 .PHONY: peers-install

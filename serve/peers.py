@@ -6,79 +6,77 @@ another, and its answer is compared with TensorFlow's. The machine's own limit i
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from serve.measure.peer_worker import SUBJECTS
-from serve.measure.peers import OURS, REFERENCE, Comparison, PeersError, convolution_gflop, prepare, table, tiles_of
+from serve.measure.common import MeasureError, own_or_demo, plain
+from serve.measure.peers.comparison import OURS, compare
+from serve.measure.peers.settings import PeersSettings
+from serve.measure.peers.table import bars, convolution_gflop, report
 from unet.card import Card
+from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
 from unet.files import atomic_file, write_json
+from unet.machine import instruction_sets, processor_name, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="serve/peers.py",
-        description="Images per second of the same network by other means.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model_dir", type=Path, default=Path("result"), help="the trainer's results")
-    parser.add_argument("--artefacts", type=Path, default=Path("artefacts"), help="what was exported from them")
-    parser.add_argument("--data", type=Path, help="8-bit stack to take tiles from; a synthetic one where not given")
-    parser.add_argument(
-        "--python", type=Path, default=Path(".venv-peers/bin/python"), help="where PyTorch is installed"
-    )
-    parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), help="what to measure")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 16], help="tiles in a call")
-    parser.add_argument("--tile_size", type=int, default=572, help="rows and columns of a tile")
-    parser.add_argument("--rounds", type=int, default=3, help="each subject is measured so many times, in turn")
-    parser.add_argument("--seconds", type=float, default=3, help="how long each time, for each batch size")
-    parser.add_argument("--out", type=Path, default=Path("peers"), help="folder for the table")
-    return parser
+    from serve.measure.peers.comparison import Comparison
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
-    chosen = _parser().parse_args(argv)
-    card = Card.load(chosen.artefacts)
-    for needed in (chosen.model_dir / "saved_model", chosen.artefacts / "model.onnx"):
-        if not needed.exists():
-            raise PeersError(f"{needed} does not exist: train and export first, or name --model_dir and --artefacts")
-    names = list(dict.fromkeys([OURS, REFERENCE, *chosen.subjects, "gemm"]))
-    pythons = {name: str(chosen.python) if name.startswith(("pytorch", "gemm")) else sys.executable for name in names}
-    if not chosen.python.exists():
-        say(f"{chosen.python} does not exist (make peers-install): PyTorch and the matrix product are left out")
-        pythons = {name: python for name, python in pythons.items() if python == sys.executable}
+    parser = FlagParser(prog="serve/peers.py", description="Images per second of the same network by other means.")
+    add_flags(parser, PeersSettings)
+    parser.add_argument("--check", action="store_true", help="only look whether everything needed is there")
+    chosen = parser.parse_args(argv)
+    given = from_flags(PeersSettings, chosen)
+    model_dir, artefacts = own_or_demo(given.model_dir, "result"), own_or_demo(given.artefacts, "artefacts")
+    settings = replace(given, model_dir=model_dir, artefacts=artefacts)
+    settings.check()
+    card = Card.load(settings.artefacts)
+    if chosen.check:
+        return 0
     with tempfile.TemporaryDirectory() as folder:
-        tiles = tiles_of(chosen.data, max(chosen.batch_sizes), chosen.tile_size)
-        prepare(Path(folder), chosen.model_dir, chosen.artefacts, tiles)
-        comparison = Comparison(Path(folder), pythons, chosen.seconds, chosen.batch_sizes)
-        comparison.run(chosen.rounds)
-    gflop = convolution_gflop(chosen.artefacts / "model.onnx", chosen.tile_size)
-    text = table(comparison, gflop, card.engine.precision)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(chosen).items()}
-    values = {
-        "settings": settings,
-        "engine": f"{card.engine.kind} {card.engine.precision}",
-        "gflop_per_tile": gflop,
-        "gemm_gflop_per_s": comparison.peaks,
-        "subjects": {name: vars(subject) for name, subject in comparison.subjects.items()},
-    }
-    write_json(chosen.out / "peers.json", values)
-    with atomic_file(chosen.out / "peers.md") as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
-    say(f"{card.engine.kind} {card.engine.precision}, tiles of {chosen.tile_size}\n{text}\nall figures: {chosen.out}")
-    failed = [subject.failure for subject in comparison.subjects.values() if subject.name == OURS and subject.failure]
+        comparisons = compare(settings, Path(folder))
+    gflop = convolution_gflop(settings.artefacts / "model.onnx", settings.tile_size)
+    engine = f"{card.engine.kind} {card.engine.precision}"
+    heading = (
+        f"{engine}, tiles of {settings.tile_size}, {settings.rounds} rounds, {usable_cores()} cores of "
+        f"{processor_name()} with {', '.join(instruction_sets()) or 'unknown instructions'}"
+    )
+    text = "\n\n".join([heading, *(report(one, gflop, card.engine.precision) for one in comparisons)])
+    _write(settings, comparisons, gflop, card, text)
+    say(f"{text}\n\nall figures: {settings.out}")
+    failed = comparisons[0].subjects[OURS].failure
     if failed:
-        raise PeersError(f"this project's own engine could not be measured: {failed[0]}")
+        raise MeasureError(f"this project's own engine could not be measured: {failed}")
     return 0
+
+
+def _write(settings: PeersSettings, comparisons: Sequence[Comparison], gflop: float, card: Card, text: str) -> None:
+    values: dict[str, Any] = {
+        "settings": plain(asdict(settings)),
+        "engine": f"{card.engine.kind} {card.engine.precision}",
+        "machine": f"{usable_cores()} cores of {processor_name()}",
+        "instructions": instruction_sets(),
+        "gflop_per_tile": gflop,
+    }
+    for one in comparisons:
+        reached = bars(one, gflop, card.engine.precision)
+        values["held_to_" + one.isa if one.isa else "own_instructions"] = {
+            "gemm_gflop_per_s": one.peaks,
+            "subjects": {name: vars(subject) for name, subject in one.subjects.items()},
+            "bars": [{**asdict(bar), "verdict": bar.verdict} for bar in reached],
+        }
+    write_json(settings.out / "peers.json", values)
+    with atomic_file(settings.out / "peers.md") as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

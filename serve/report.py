@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serve.measure.report import (
+from serve.measure.page.report import (
     THRESHOLDS,
     ReportError,
     card_section,

@@ -30,6 +30,7 @@ from serve.segment.connection import Connection
 from serve.segment.segmenter import Segmenter
 from serve.segment.slots import Slot, slot_for
 from serve.volume.run import Request, segment_volume
+from unet.config import setting
 from unet.errors import UnetError
 from unet.files import atomic_file, write_json
 from unet.geometry import predict_tiled
@@ -45,37 +46,23 @@ ENGINE, PERF_ANALYZER, CLIENT = EngineLevel.name, PerfAnalyzerLevel.name, "clien
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What is measured, where and how long.
+    """What is measured, where and how long."""
 
-    Attributes:
-        url: HOST:PORT of the server's gRPC.
-        artefacts: folder of what is served, for the engine alone.
-        out: folder for tables and charts.
-        model_name: the served model.
-        tile_sizes: rows and columns of a tile.
-        batch_sizes: tiles in a request.
-        concurrency: requests at a time.
-        rounds: turns that the levels take.
-        seconds: for each level under each load, all rounds together.
-        slices: of 512 x 512, in the stack that goes from file to file; 0 for none.
-        timeout_s: longest wait for an answer.
-        shared_memory: "auto", "on", "off" or "cuda", with a server on this machine.
-        no_perf_analyzer: leave perf_analyzer's rows out.
-    """
-
-    url: str
-    artefacts: Path
-    out: Path
-    model_name: str = "unet"
-    tile_sizes: Sequence[int] = (572,)
-    batch_sizes: Sequence[int] = (1, 8, 16)
-    concurrency: Sequence[int] = (1,)
-    rounds: int = 3
-    seconds: float = 6
-    slices: int = 15
-    timeout_s: float = 300
-    shared_memory: str = "auto"
-    no_perf_analyzer: bool = False
+    url: str = setting("localhost:8001", "HOST:PORT of the server's gRPC")
+    model_name: str = setting("unet", "the served model")
+    artefacts: Path = setting(
+        Path("artefacts"), "what is served, for the engine alone; demo/artefacts where there is no artefacts"
+    )
+    tile_sizes: tuple[int, ...] = setting((572,), "rows and columns of an image", kind=int)
+    batch_sizes: tuple[int, ...] = setting((1, 8, 16), "images in a request", kind=int)
+    concurrency: tuple[int, ...] = setting((1,), "requests at a time", kind=int)
+    rounds: int = setting(3, "turns that the levels take")
+    seconds: float = setting(6.0, "for each level under each load, all rounds together")
+    slices: int = setting(15, "of 512 x 512, in the stack that goes from file to file; 0 for none")
+    timeout_s: float = setting(300.0, "longest wait for an answer")
+    shared_memory: str = setting("auto", "with a server on this machine", choices=("auto", "on", "off", "cuda"))
+    perf_analyzer: bool = setting(True, "measure with NVIDIA's perf_analyzer too")
+    out: Path = setting(Path("benchmark"), "folder for tables and charts")
 
     def __post_init__(self) -> None:
         if self.seconds <= 0 or min(self.rounds, *self.concurrency) < 1 or self.slices < 0:
@@ -164,7 +151,7 @@ class Bench:
         # Where no memory can be shared this would be the level before once more.
         if kind is not Slot:
             levels.append(TritonLevel(kind, *where, meter))
-        if not settings.no_perf_analyzer:
+        if settings.perf_analyzer:
             try:
                 analyzer = PerfAnalyzer(settings.out)
             except MeasureError as error:

@@ -24,16 +24,14 @@ class MeasureError(UnetError):
     """Something that cannot be measured, simulated or shown."""
 
 
-def own_or_demo(named: Path | None, own: str) -> Path:
-    """The path to use for an input: the one that was named, else the usual one, else what ``make demo`` made.
+def own_or_demo(path: Path, usual: str) -> Path:
+    """What to read: a path, but where it is the usual one and does not exist, what ``make demo`` made.
 
     Args:
-        named: what the user named, None if nothing.
-        own: the usual path, relative to the working folder; the demo has the same path under ``demo``.
+        path: what was asked for.
+        usual: the default, relative to the working folder; the demo has the same under ``demo``.
     """
-    if named is not None:
-        return named
-    return Path(own) if Path(own).exists() or not (DEMO / own).exists() else DEMO / own
+    return DEMO / usual if path == Path(usual) and not path.exists() and (DEMO / usual).exists() else path
 
 
 def percentiles(latencies_s: Sequence[float] | npt.NDArray[np.float64]) -> dict[int, float | None]:

@@ -54,10 +54,10 @@ class Progress:
         try:
             yield
         finally:
-            self._done += 1
-            self._bar.update()
             if self._each:
                 self._say(f"done in {time.monotonic() - self._started:.1f} s")
+            self._done += 1
+            self._bar.update()
 
     def note(self, text: str) -> None:
         """Say something beside the bar."""

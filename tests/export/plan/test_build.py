@@ -124,7 +124,7 @@ def test_the_published_size_is_built_in_seconds(
 ) -> None:
     from export.steps.half_precision import to_half
     from export.steps.to_onnx import convert
-    from serve.measure.peers import convolution_gflop
+    from serve.measure.peers.table import convolution_gflop
 
     random_saved_model(tmp_path / "saved_model", 64)
     single = convert(tmp_path / "saved_model")

@@ -413,12 +413,12 @@ def test_a_long_step_gives_signs_of_life(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_what_the_demo_made_is_taken_where_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert own_or_demo(None, "artefacts") == Path("artefacts")
+    assert own_or_demo(Path("artefacts"), "artefacts") == Path("artefacts")
     (tmp_path / "demo" / "artefacts").mkdir(parents=True)
-    assert own_or_demo(None, "artefacts") == Path("demo/artefacts")
+    assert own_or_demo(Path("artefacts"), "artefacts") == Path("demo/artefacts")
     assert own_or_demo(Path("named"), "artefacts") == Path("named")
     (tmp_path / "artefacts").mkdir()
-    assert own_or_demo(None, "artefacts") == Path("artefacts")
+    assert own_or_demo(Path("artefacts"), "artefacts") == Path("artefacts")
 
 
 def test_a_dead_server_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,15 +4,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 import tifffile
 from onnx import TensorProto, helper, numpy_helper
 
-from serve.measure.peer_worker import SUBJECTS, img_per_s
-from serve.measure.peers import LABELS, Comparison, PeersError, Subject, call_worker, convolution_gflop, table, tiles_of
+from serve.measure.common import MeasureError
+from serve.measure.peers.comparison import Comparison, Subject
+from serve.measure.peers.process import call_worker, tiles_of
+from serve.measure.peers.settings import PeersSettings
+from serve.measure.peers.table import LABELS, bar_table, bars, convolution_gflop, report, table
+from serve.measure.peers.worker import SUBJECTS, img_per_s
+from serve.peers import main
+from unet.machine import instruction_sets
 
 
 def test_every_subject_has_a_label() -> None:
@@ -47,35 +55,81 @@ def test_images_over_time_without_the_first_call() -> None:
     assert rate > 0
 
 
-def comparison(**rates: list[float]) -> Comparison:
-    made = Comparison(Path(), dict.fromkeys(rates, ""), 1.0, [1])
+def comparison(rates: dict[str, list[float]], isa: str = "") -> Comparison:
+    settings = PeersSettings(batch_sizes=(1,))
+    made = Comparison(Path(), dict.fromkeys(rates, ""), settings, isa)
     made.subjects = {name: Subject(name, {1: values}, 0.0) for name, values in rates.items()}
     return made
 
 
+def words(line: str) -> list[str]:
+    """The cells of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_ratios_are_taken_round_by_round() -> None:
-    made = comparison(engine=[10.0, 30.0, 24.0], tensorflow=[5.0, 10.0, 8.0])
+    made = comparison({"engine": [10.0, 30.0, 24.0], "tensorflow": [5.0, 10.0, 8.0]})
     assert made.speed_up("tensorflow", 1) == [2.0, 3.0, 3.0]
     made.peaks = {"bfloat16": [400.0, 500.0, 480.0]}
-    text = table(made, gflop=10.0, precision="bf16")
-    assert "| TensorFlow SavedModel, float32 | 8.00 | 3.00 (2.00 to 3.00) |" in text
-    assert "240 GFLOP/s, 50% of it" in text
+    text = report(made, gflop=10.0, precision="bf16")
+    lines = [words(line) for line in text.splitlines()]
+    assert ["TensorFlow SavedModel, float32", "8.00", "3.00 (2.00 to 3.00)", "0.0e+00"] in lines
+    assert "matrix product, GFLOP/s (int8: GOP/s): bfloat16 480" in text
+
+
+def test_bars_are_met_or_missed_round_by_round() -> None:
+    rates = {"tensorflow": [5.0, 5.0, 5.0], "pytorch": [2.0, 12.0, 2.0], "openvino": [10.0, 10.0, 10.0]}
+    made = comparison({"engine": [25.0, 25.0, 20.0], **rates})
+    made.peaks = {"int8": [250.0, 500.0, 500.0]}
+    found = {one.title: (one.ratios[1], one.verdict) for one in bars(made, gflop=10.0, precision="int8")}
+    assert found["engine / TensorFlow, its defaults"] == (5.0, "met")
+    assert found["engine / OpenVINO, its defaults"] == (2.5, "met")
+    # The fastest in each round: 5, 12 and 5.
+    assert found["engine / the fastest of TensorFlow, ONNX Runtime and PyTorch with any switch"] == (4.0, "met")
+    assert found["engine / matrix product in int8, batch 1"] == (0.5, "missed")
+    made.subjects["openvino"].failure = "it was killed by signal 9"
+    found = {one.title: (one.ratios[1], one.verdict) for one in bars(made, gflop=10.0, precision="int8")}
+    assert found["engine / OpenVINO, its defaults"] == (None, "not measured")
+    lines = [words(line) for line in bar_table(bars(made, 10.0, "int8"), (1,)).splitlines()]
+    assert lines[-1] == ["engine / matrix product in int8, batch 1", "0.95", "0.50", "missed"]
+    # Other bars count where all are held to fewer instructions.
+    held = comparison({"engine": [9.0], **{name: values[:1] for name, values in rates.items()}}, "AVX2")
+    wanted = {one.title: (one.wanted, one.ratios[1]) for one in bars(held, 1.0, "f32")}
+    assert wanted["engine / OpenVINO, its defaults"] == (1.5, 0.9)
+    assert wanted["engine / the fastest of TensorFlow, ONNX Runtime and PyTorch at their defaults"] == (3.0, 1.8)
 
 
 def test_a_subject_that_computes_something_else_is_no_peer(tmp_path: Path) -> None:
-    made = comparison(engine=[1.0], tensorflow=[1.0])
+    made = comparison({"engine": [1.0], "tensorflow": [1.0]})
     made.folder = tmp_path
     (tmp_path / "answers").mkdir()
     for name, value in (("engine", 0.5), ("tensorflow", 0.9)):
         np.save(tmp_path / "answers" / f"{name}.npy", np.full((1, 1, 4, 4), value, np.float32))
-    made._compare_answers()
+    made.compare_answers()
     assert "differs from TensorFlow's by 0.4" in made.subjects["engine"].failure
-    assert "not measured" in table(made, 1.0, "bf16").splitlines()[2]
+    assert "not measured" in table(made).splitlines()[2]
 
 
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(PeersError, match="No such file or directory"):
-        call_worker(sys.executable, "onnxruntime", tmp_path, 1.0, [1])
+    with pytest.raises(MeasureError, match="No such file or directory"):
+        call_worker(sys.executable, "onnxruntime", tmp_path, 1.0, [1], limit_s=60)
+
+
+def test_a_worker_that_takes_too_long_is_ended(tiny_artefacts: Path, tmp_path: Path) -> None:
+    """As reference code does that computes for minutes."""
+    np.save(tmp_path / "tiles.npy", np.zeros((1, 1, 204, 204), np.uint8))
+    (tmp_path / "model.onnx").symlink_to(tiny_artefacts / "model.fp16.onnx")
+    with pytest.raises(MeasureError, match="took more than 3 s: raise --limit_s"):
+        call_worker(sys.executable, "onnxruntime", tmp_path, 3600.0, [1], limit_s=3)
+    assert not [one for one in psutil.Process().children() if "worker.py" in " ".join(one.cmdline())]
+
+
+def test_only_the_processors_own_number_formats_are_measured(tmp_path: Path) -> None:
+    """Held to AVX2 the others would be reference code; the answer comes before any library is loaded."""
+    held = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    for name in ("gemm_int8", "gemm_bfloat16", "tensorflow_bf16", "pytorch_bf16"):
+        found = call_worker(sys.executable, name, tmp_path, 3600.0, [1], limit_s=60, environment=held)
+        assert found["skipped"].startswith("this processor has no instructions for ")
 
 
 def test_tiles_are_real_pixels_mirrored_to_size(tmp_path: Path) -> None:
@@ -88,18 +142,26 @@ def test_tiles_are_real_pixels_mirrored_to_size(tmp_path: Path) -> None:
     assert tiles_of(None, 5, 204).shape == (5, 1, 204, 204)
 
 
-def test_what_is_missing_is_named(project_root: Path, tmp_path: Path) -> None:
-    line = [sys.executable, "serve/peers.py", "--artefacts", str(tmp_path)]
-    done = subprocess.run(line, cwd=project_root, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--check"]):
+        assert main(flags) == 2
+        said = capfd.readouterr().err
+        assert said.startswith("error: result/saved_model does not exist: run `make demo` first")
+        assert said.count("\n") == 1
+
+
+def test_make_peers_looks_before_it_installs(project_root: Path) -> None:
+    """In a folder of its own, where nothing was made and nothing is installed."""
+    line = ["make", "--dry-run", "-f", str(project_root / "Makefile"), "peers"]
+    said = subprocess.run(line, cwd=project_root, capture_output=True, text=True, check=True).stdout
+    assert 0 < said.index("--check") < said.index("peers-install")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_real_subjects_agree_and_are_measured(project_root: Path, tmp_path: Path) -> None:
-    """A trained and exported network; PyTorch too, where its environment was made."""
+    """A trained and exported network, with all instructions and held to AVX2; PyTorch too, where it is installed."""
     data, result, artefacts = tmp_path / "data", tmp_path / "result", tmp_path / "artefacts"
     flags = ["--base_filters=4", "--tile_size=236", "--max_steps=10", "--exec_mode=train"]
     for words in (
@@ -108,19 +170,34 @@ def test_real_subjects_agree_and_are_measured(project_root: Path, tmp_path: Path
         ["export/main.py", "--model_dir", result, "--out", artefacts, "--data_dir", data],
         [
             *("serve/peers.py", "--model_dir", result, "--artefacts", artefacts, "--out", tmp_path / "peers"),
-            *("--rounds", "1", "--seconds", "0.1", "--batch_sizes", "1", "2", "--tile_size", "252"),
+            *("--rounds", "1", "--seconds", "0.1", "--batch_sizes", "1", "2", "--tile_size", "252", "--isa", "AVX2"),
         ],
     ):
         line = [sys.executable, *map(str, words)]
         done = subprocess.run(line, cwd=project_root, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+    for one in (
+        "engine",
+        "engine AVX2",
+        "gemm_float32 AVX2" if (project_root / ".venv-peers").exists() else "openvino",
+    ):
+        assert f"{one}: starts" in done.stderr
+        assert f"{one}: done in" in done.stderr
+    # Nothing but those lines: no library's own.
+    assert all(line.startswith("[") or ".venv-peers" in line for line in done.stderr.splitlines()), done.stderr
     found = json.loads((tmp_path / "peers" / "peers.json").read_text())
     with_torch = (project_root / ".venv-peers").exists()
     expected = set(SUBJECTS) if with_torch else {name for name in SUBJECTS if not name.startswith("pytorch")}
-    assert set(found["subjects"]) == expected
-    for subject in found["subjects"].values():
-        assert subject["failure"] == ""
-        assert set(subject["img_per_s"]) == {"1", "2"}
-        assert subject["difference"] < 0.01
+    native = {name for name in expected if name != "onnxruntime" and not name.endswith("bf16")}
+    has_bf16 = "bf16" in instruction_sets()
+    for case, measured in (("own_instructions", expected if has_bf16 else native), ("held_to_AVX2", native)):
+        assert set(found[case]["subjects"]) == expected
+        for name, subject in found[case]["subjects"].items():
+            assert bool(subject["failure"]) == (name not in measured), subject
+            if name in measured:
+                assert set(subject["img_per_s"]) == {"1", "2"}
+                assert subject["difference"] < 0.01
+        assert ("float32" in found[case]["gemm_gflop_per_s"]) == with_torch
+        assert {bar["verdict"] for bar in found[case]["bars"]} <= {"met", "missed", "not measured"}
+    assert set(found["held_to_AVX2"]["gemm_gflop_per_s"]) <= {"float32"}
     assert found["gflop_per_tile"] > 0
-    assert bool(found["gemm_gflop_per_s"]) == with_torch

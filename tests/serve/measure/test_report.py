@@ -17,7 +17,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from serve.measure.report import chart, speed_section
+from serve.measure.page.report import chart, speed_section
 from serve.report import main
 
 RNG = np.random.default_rng(4)

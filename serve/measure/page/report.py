@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = tuple(step / 10 for step in range(11))
 _JPEG_QUALITY = 85
-PAGE = Path(__file__).resolve().parent / "report.html"
+PAGE = Path(__file__).resolve().parent / "page.html"
 _COLOURS = ("#0b6e4f", "#c1440e", "#31508c")
 
 

@@ -1,7 +1,7 @@
 """One way to run the trained network, measured in a process of its own: what ``serve/peers.py`` starts.
 
-It runs in the project's environment or in that of the peers, so it imports nothing of the project before it knows which
-subject it is. Its last line of output is a JSON object.
+It runs in the project's environment or in that of the peers, where only the project's modules without dependencies can
+be imported. Its last line of output is a JSON object.
 """
 
 from __future__ import annotations
@@ -22,6 +22,21 @@ Infer = Callable[[Tiles], npt.NDArray[Any]]
 
 LEVELS = 5
 GEMM_SIDE = 4096
+GEMM = "gemm_"
+# The instructions that a number format needs; without them libraries fall back to reference code, in which one call
+# takes minutes.
+NEEDS = {"float32": "", "bfloat16": "bf16", "int8": "vnni"}
+FORMATS = {"tensorflow_bf16": "bfloat16", "pytorch_bf16": "bfloat16", **{GEMM + one: one for one in NEEDS}}
+
+
+def missing_instructions(name: str) -> str:
+    """Why a subject is not measured on this processor; empty if it is."""
+    from unet.machine import instruction_sets
+
+    number_format = FORMATS.get(name, "float32")
+    if NEEDS[number_format] in ("", *instruction_sets()):
+        return ""
+    return f"this processor has no instructions for {number_format}"
 
 
 def engine(inputs: Path) -> Infer:
@@ -33,10 +48,15 @@ def engine(inputs: Path) -> Infer:
 
 
 def openvino(inputs: Path) -> Infer:
-    """OpenVINO with the settings that it has by itself, which take bf16 where the CPU has it."""
+    """OpenVINO with the settings that it has by itself, which take bf16 where the CPU has it.
+
+    Held to instructions without bf16 it still chooses bf16 by the processor, and fails: then it gets float32, which it
+    takes by itself on a processor without them.
+    """
     import openvino as ov
 
-    compiled = ov.Core().compile_model(str(inputs / "model.onnx"), "CPU")
+    settings = {"INFERENCE_PRECISION_HINT": "f32"} if missing_instructions("tensorflow_bf16") else {}
+    compiled = ov.Core().compile_model(str(inputs / "model.onnx"), "CPU", settings)
     return lambda tiles: np.asarray(compiled({"image": tiles})[0])
 
 
@@ -158,26 +178,22 @@ SUBJECTS: dict[str, Callable[[Path], Infer]] = {
 }
 
 
-def gemm_peak(seconds: float) -> dict[str, float]:
-    """The machine's matrix product, 4096 x 4096 x 4096, in each number format: GFLOP/s (int8: GOP/s), the best call."""
+def gemm_peak(number_format: str, seconds: float) -> float:
+    """The machine's matrix product, 4096 x 4096 x 4096, in a number format: GFLOP/s (int8: GOP/s), the best call."""
     import torch
 
     side = GEMM_SIDE
-    operands = {
-        "float32": (torch.randn(side, side), torch.mm),
-        "bfloat16": (torch.randn(side, side).bfloat16(), torch.mm),
-        "int8": (torch.randint(-128, 128, (side, side), dtype=torch.int8), torch._int_mm),
-    }
-    peaks = {}
-    for name, (matrix, product) in operands.items():
+    if number_format == "int8":
+        matrix, product = torch.randint(-128, 128, (side, side), dtype=torch.int8), torch._int_mm
+    else:
+        matrix, product = torch.randn(side, side).to(getattr(torch, number_format)), torch.mm
+    product(matrix, matrix)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
         product(matrix, matrix)
-        best, until = float("inf"), time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            started = time.perf_counter()
-            product(matrix, matrix)
-            best = min(best, time.perf_counter() - started)
-        peaks[name] = 2 * side**3 / best / 1e9
-    return peaks
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best / 1e9
 
 
 def img_per_s(infer: Infer, tiles: Tiles, seconds: float) -> float:
@@ -190,23 +206,41 @@ def img_per_s(infer: Infer, tiles: Tiles, seconds: float) -> float:
     return calls * len(tiles) / elapsed
 
 
+def write_weights(inputs: Path) -> None:
+    """Write the SavedModel's variables, in their order, to ``weights.npz``, for the peers that read no SavedModel."""
+    import tensorflow as tf
+
+    variables = tf.saved_model.load(str(inputs / "saved_model")).model.variables
+    np.savez(inputs / "weights.npz", *(variable.numpy() for variable in variables))
+
+
+def measure(name: str, inputs: Path, seconds: float, batch_sizes: list[int]) -> dict[str, Any]:
+    """Rates of one subject by batch size; its answer to the first tiles goes to ``FOLDER/answers/NAME.npy``."""
+    tiles: Tiles = np.load(inputs / "tiles.npy")
+    infer = SUBJECTS[name](inputs)
+    (inputs / "answers").mkdir(exist_ok=True)
+    # In the shape that is measured: a compiled network would otherwise be compiled for any shape.
+    answer = infer(tiles[: batch_sizes[0]])
+    np.save(inputs / "answers" / f"{name}.npy", answer[:2].astype(np.float32))
+    return {"img_per_s": {size: img_per_s(infer, tiles[:size], seconds) for size in batch_sizes}}
+
+
 def main(name: str, folder: str, seconds: str, *batch_sizes: str) -> None:
-    """Measure one subject; its answer to the first tiles goes to ``FOLDER/answers/NAME.npy``."""
-    inputs = Path(folder)
-    if name == "gemm":
-        result: dict[str, Any] = {"peak": gemm_peak(float(seconds))}
+    """Measure one subject, or say why this processor cannot."""
+    skipped, inputs = missing_instructions(name), Path(folder)
+    if skipped:
+        result: dict[str, Any] = {"skipped": skipped}
+    elif name == "weights":
+        result = {}
+        write_weights(inputs)
+    elif name.startswith(GEMM):
+        result = {"peak": gemm_peak(name[len(GEMM) :], float(seconds))}
     else:
-        tiles: Tiles = np.load(inputs / "tiles.npy")
-        infer = SUBJECTS[name](inputs)
-        answers = inputs / "answers"
-        answers.mkdir(exist_ok=True)
-        np.save(answers / f"{name}.npy", infer(tiles[:2]).astype(np.float32))
-        rates = {size: img_per_s(infer, tiles[: int(size)], float(seconds)) for size in batch_sizes}
-        result = {"img_per_s": rates}
+        result = measure(name, inputs, float(seconds), [int(size) for size in batch_sizes])
     sys.stdout.write(f"\n{json.dumps(result)}\n")
 
 
 if __name__ == "__main__":
     # The script's own folder would hide the packages of the same names.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
     main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""One page that shows what a model finds, how well and how fast."""

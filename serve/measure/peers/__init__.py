@@ -1,0 +1,1 @@
+"""The same network by other libraries, and the machine's own limit."""

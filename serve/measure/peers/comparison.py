@@ -1,0 +1,181 @@
+"""The same network by other means, in one interleaved run: ``python serve/peers.py`` (``make peers``).
+
+Each subject has the same weights and the same tiles, is measured in a process of its own in every round, one after
+another, and its answer is compared with TensorFlow's. The machine's own limit is measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serve.measure.common import MeasureError
+from serve.measure.peers.process import call_worker, prepare, tiles_of
+from serve.measure.peers.settings import PeersSettings, held_to
+from serve.measure.peers.worker import GEMM, NEEDS
+from serve.measure.progress import Progress
+from unet.measure import interleave, ratios
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+OURS, REFERENCE = "engine", "tensorflow"
+# A subject that computes another function is no peer. bf16 keeps 8 bits of each product's operands.
+LARGEST_MEAN_DIFFERENCE = 0.02
+# ONNX Runtime's own kernels look at the processor alone.
+NOT_HELD = {"onnxruntime": "no setting holds it to fewer instructions than the processor has"}
+
+
+@dataclass
+class Subject:
+    """What one subject came to.
+
+    Attributes:
+        img_per_s: by batch size, one value for each round.
+        difference: mean absolute difference of its probabilities from TensorFlow's.
+        failure: why it has no figures.
+    """
+
+    name: str
+    img_per_s: dict[int, list[float]] = field(default_factory=dict)
+    difference: float = float("nan")
+    failure: str = ""
+
+
+@dataclass
+class Comparison:
+    """All subjects under the same instructions, round by round.
+
+    Attributes:
+        folder: what `prepare` laid out.
+        pythons: the interpreter of each subject and of the matrix products.
+        settings: how long and in which batches.
+        isa: the instructions that all are held to; empty for those of the processor.
+        subjects: by name.
+        peaks: of the matrix product, GFLOP/s by number format, one value for each round.
+        not_measured: why a matrix product has no figure, by number format.
+    """
+
+    folder: Path
+    pythons: dict[str, str]
+    settings: PeersSettings
+    isa: str = ""
+    subjects: dict[str, Subject] = field(default_factory=dict)
+    peaks: dict[str, list[float]] = field(default_factory=dict)
+    not_measured: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.subjects = {name: Subject(name) for name in self.pythons if not name.startswith(GEMM)}
+        if self.isa:
+            for name in set(NOT_HELD) & set(self.subjects):
+                self.subjects[name].failure = NOT_HELD[name]
+
+    def measure(self, name: str) -> None:
+        """Measure one subject once; what fails is noted, and not tried again."""
+        if name.startswith(GEMM):
+            self._measure_product(name[len(GEMM) :])
+            return
+        subject = self.subjects[name]
+        for sizes in self._groups(name):
+            if subject.failure:
+                return
+            try:
+                found = self._call(name, sizes)
+            except MeasureError as error:
+                subject.failure = str(error)
+                return
+            subject.failure = found.get("skipped", "")
+            for size, rate in found.get("img_per_s", {}).items():
+                subject.img_per_s.setdefault(int(size), []).append(rate)
+
+    def _groups(self, name: str) -> list[Sequence[int]]:
+        """The batch sizes by process: PyTorch compiles anew for a second shape, and worse, so each has its own."""
+        sizes = self.settings.batch_sizes
+        return [[size] for size in sizes] if name.startswith("pytorch") else [sizes]
+
+    def _measure_product(self, number_format: str) -> None:
+        if number_format in self.not_measured:
+            return
+        try:
+            found = self._call(GEMM + number_format, ())
+        except MeasureError as error:
+            self.not_measured[number_format] = str(error)
+            return
+        if "skipped" in found:
+            self.not_measured[number_format] = found["skipped"]
+        else:
+            self.peaks.setdefault(number_format, []).append(found["peak"])
+
+    def _call(self, name: str, sizes: Sequence[int]) -> dict[str, Any]:
+        seconds, limit_s = self.settings.seconds, self.settings.limit_s
+        return call_worker(
+            *(self.pythons[name], name, self.folder, seconds, sizes), limit_s=limit_s, environment=held_to(self.isa)
+        )
+
+    def compare_answers(self) -> None:
+        """Take its figures from every subject whose answer is not TensorFlow's.
+
+        Raises:
+            MeasureError: TensorFlow itself gave no answer.
+        """
+        answers = {path.stem: np.load(path) for path in (self.folder / "answers").glob("*.npy")}
+        if REFERENCE not in answers:
+            raise MeasureError(f"TensorFlow gave no answer to compare with: {self.subjects[REFERENCE].failure}")
+        for subject in self.subjects.values():
+            if not subject.failure:
+                pairs = zip(answers[subject.name], answers[REFERENCE])
+                subject.difference = float(np.mean([np.abs(one - other).mean() for one, other in pairs]))
+                if not subject.difference <= LARGEST_MEAN_DIFFERENCE:
+                    subject.failure = f"its answer differs from TensorFlow's by {subject.difference:.3g} in the mean"
+
+    def speed_up(self, name: str, batch_size: int) -> list[float]:
+        """Our engine's rate over a subject's, round by round, sorted."""
+        ours, theirs = (self.subjects[one].img_per_s[batch_size] for one in (OURS, name))
+        return ratios(ours, theirs)
+
+
+def compare(settings: PeersSettings, folder: Path) -> list[Comparison]:
+    """Measure every subject once in each round, and where asked once more held to fewer instructions.
+
+    Args:
+        settings: what is compared.
+        folder: an empty folder for what the workers read and write.
+
+    Returns:
+        With the processor's own instructions, and then held to fewer.
+
+    Raises:
+        MeasureError: something that all need fails.
+    """
+    with_torch = settings.python.exists()
+    names = [*dict.fromkeys([OURS, REFERENCE, *settings.subjects]), *(GEMM + one for one in NEEDS)]
+    pythons = {name: str(settings.python) if name.startswith(("pytorch", GEMM)) else sys.executable for name in names}
+    if not with_torch:
+        pythons = {name: python for name, python in pythons.items() if python == sys.executable}
+    comparisons = []
+    for isa in dict.fromkeys(["", settings.isa]):
+        part = folder / (isa or "own")
+        part.mkdir()
+        comparisons.append(Comparison(part, pythons, settings, isa))
+    subjects = {f"{name} {one.isa}".strip(): partial(one.measure, name) for name in pythons for one in comparisons}
+    with Progress(1 + settings.rounds * len(subjects), each=True) as progress:
+        if not with_torch:
+            progress.note(f"{settings.python} does not exist: PyTorch and the matrix product are left out")
+        with progress.step("tiles and weights"):
+            tiles = tiles_of(settings.data, max(settings.batch_sizes), settings.tile_size)
+            for comparison in comparisons:
+                prepare(comparison.folder, settings, tiles)
+
+        def step(name: str) -> None:
+            with progress.step(name):
+                subjects[name]()
+
+        interleave({name: partial(step, name) for name in subjects}, settings.rounds)
+    for comparison in comparisons:
+        comparison.compare_answers()
+    return comparisons
