@@ -1,21 +1,21 @@
 """How a published model behaves on this machine: readiness, first answer, batching: ``python serve/trial.py``.
 
 Serves artefacts from a folder of its own, once for each combination of queue delay, queue limit and instances, on free
-ports, and asks one tile at a time from one client and from several. What serves best within a latency budget is written
-down as the suggested way to publish.
+ports. First as many clients as keep it busy find its capacity; then single tiles arrive at random at given rates. What
+serves best within a latency budget is written down as the suggested way to publish.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from serve.measure.trial import HEADINGS, row, suggest, suggestion, try_out
-from serve.models.config import ModelSettings
-from unet.errors import command, say
+from serve.measure.common import MeasureError, own_or_demo
+from serve.measure.progress import Progress
+from serve.measure.trial import HEADINGS, Trial, TrialSettings, row, suggest, suggestion, try_out
+from unet.config import FlagParser, add_flags, from_flags
+from unet.errors import UnetError, command, say
 from unet.files import write_json
 
 if TYPE_CHECKING:
@@ -24,38 +24,36 @@ if TYPE_CHECKING:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Try every combination and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="serve/trial.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--artefacts", type=Path, default=Path("artefacts"), help="folder that export/main.py wrote")
-    parser.add_argument("--max_queue_delay_us", type=int, nargs="+", default=[0], help="to try, one after the other")
-    parser.add_argument("--max_queue_size", type=int, nargs="+", default=[0], help="to try; 0 is no queue policy")
-    parser.add_argument("--instances", type=int, nargs="+", default=[0], help="to try; 0: by the machine")
-    parser.add_argument("--threads", type=int, default=0, help="of each instance; 0 shares out the cores")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16], help="that ask at the same time")
-    parser.add_argument("--tile_size", type=int, default=572, help="rows and columns of a tile")
-    parser.add_argument("--seconds", type=float, default=8, help="for each number of clients")
-    parser.add_argument("--p99_ms", type=float, default=1000, help="99 of 100 answers must come within")
-    parser.add_argument("--out", type=Path, default=Path("suggested_profile.json"), help="file for what serves best")
-    chosen = parser.parse_args(argv)
-    if chosen.seconds <= 0 or min(chosen.clients) < 1:
-        parser.error("--seconds must be positive, --clients at least 1")
-    trials = []
+    """Try every combination and print the table; one that fails does not cost the others."""
+    parser = FlagParser(prog="serve/trial.py", description=__doc__)
+    add_flags(parser, TrialSettings)
+    settings = from_flags(TrialSettings, parser.parse_args(argv))
+    settings = replace(settings, artefacts=own_or_demo(settings.artefacts, "artefacts"))
+    trials: list[Trial] = []
+    failures: list[str] = []
+    rates = settings.rates
     say(f"| {' | '.join(HEADINGS)} |\n|{'---:|' * len(HEADINGS)}")
-    for delay_us, size, instances in itertools.product(
-        chosen.max_queue_delay_us, chosen.max_queue_size, chosen.instances
-    ):
-        settings = ModelSettings(
-            threads=chosen.threads, max_queue_delay_us=delay_us, max_queue_size=size, instances=instances
-        )
-        trial = try_out(chosen.artefacts, settings, chosen.clients, tile_size=chosen.tile_size, seconds=chosen.seconds)
-        trials.append(trial)
-        for load in trial.loads:
-            say(row(trial, load))
-    best = suggestion(*suggest(trials, chosen.p99_ms), chosen.p99_ms, chosen.artefacts)
-    write_json(chosen.out, best)
-    say(f"\n{best['measured']['img_per_s']:.1f} img/s within {chosen.p99_ms:g} ms ({chosen.out}): {best['command']}")
+    with Progress(len(settings.combinations)) as progress:
+        for model in settings.combinations:
+            name = f"delay {model.queue_delay_us} us, queue {model.max_queue_size}, {model.instance_count} instances"
+            with progress.step(name):
+                try:
+                    trial = try_out(settings, model, rates)
+                except UnetError as error:
+                    failures.append(f"{name}: {error}")
+                    continue
+            trials.append(trial)
+            rates = tuple(load.rate for load in trial.loads)
+            for load in trial.loads:
+                say(f"| {' | '.join(row(trial, load))} |")
+    if not trials:
+        raise MeasureError(failures[0].partition(": ")[2])
+    best = suggestion(*suggest(trials, settings.p99_ms), settings.p99_ms, settings.artefacts)
+    write_json(settings.out, best)
+    rate = best["measured"]["rate"]
+    say(f"\n{rate:.1f} requests/s within {settings.p99_ms:g} ms ({settings.out}): {best['command']}")
+    if failures:
+        raise MeasureError(f"{len(failures)} of the combinations failed; the first is {failures[0]}")
     return 0
 
 

@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
-from serve.measure.common import MeasureError, percentiles
+from serve.measure.common import LEAST_REQUESTS, MeasureError, percentiles
+from serve.measure.levels import Load, counted, make_distinct
+from unet.names import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from serve.measure.perf_analyzer import PerfAnalyzer
+    from serve.segment.connection import Connection
 
 # More requests than this on their way at once mean that the server is far behind; the rest is not sent.
 MOST_IN_FLIGHT = 500
@@ -55,6 +60,13 @@ class OpenLoad:
     def kept(self) -> bool:
         """Whether the server kept up: nothing failed, and answers came as fast as requests."""
         return not self.overloaded and not self.failures and self.answered_per_s >= _KEPT * self.arrived_per_s
+
+    @property
+    def outcome(self) -> str:
+        """Answers a second, and what went wrong if anything did."""
+        failed = sum(self.failures.values())
+        wrong = f", {failed} failed" if failed else "" if self.kept else ", not kept"
+        return f"{self.answered_per_s:.1f}{wrong}"
 
     def percentile_ms(self, share: int) -> float | None:
         """A percentile of the latencies in milliseconds; None where there are too few requests for it."""
@@ -138,3 +150,84 @@ def open_loop(send: Send, rate: float, requests: int, *, timeout_s: float, seed:
         dict(answers.failures),
         sent < requests,
     )
+
+
+def open_load(connection: Connection, tile_size: int, rate: float, requests: int) -> OpenLoad:
+    """Send single tiles to a server as they arrive at random, each with other pixels, and wait for all answers.
+
+    Args:
+        connection: to the served model; its timeout is the longest wait for an answer.
+        tile_size: rows and columns of a tile.
+        rate: arrivals a second.
+        requests: how many arrive.
+
+    Raises:
+        ClientError: a request could not be sent.
+        MeasureError: answers are missing, or every request failed.
+    """
+    image = Load(tile_size, 1).images()
+
+    def send(receive: Receive) -> None:
+        def explained(result: Any = None, error: Exception | None = None) -> None:
+            receive(error=None if error is None else connection.explain(error))
+
+        make_distinct(image)
+        tensor = connection.grpc.InferInput(INPUT, list(image.shape), "UINT8")
+        tensor.set_data_from_numpy(image)
+        connection.infer_async([tensor], [connection.grpc.InferRequestedOutput(OUTPUT)], explained)
+
+    found = open_loop(send, rate, requests, timeout_s=connection.timeout_s)
+    if not found.latencies_s:
+        raise MeasureError(f"every request failed: {next(iter(found.failures))}")
+    return found
+
+
+@dataclass(frozen=True)
+class SecondOpinion:
+    """What perf_analyzer measured at the same rate of random arrivals.
+
+    Attributes:
+        p50_ms: None where it did not measure.
+        p99_ms: None where it did not measure, or too few requests.
+        note: why a figure is missing or not to be relied on; empty if nothing is.
+    """
+
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        cell = "-" if self.p99_ms is None else f"{self.p99_ms:.0f}"
+        return f"{cell} ({self.note.splitlines()[0][:60]})" if self.note else cell
+
+
+def second_opinion(
+    analyzer: PerfAnalyzer, connection: Connection, tile_size: int, rate: float, requests: int
+) -> SecondOpinion:
+    """Have perf_analyzer send single tiles at random arrivals; what it lacks is said, and nothing is raised.
+
+    Args:
+        analyzer: the program.
+        connection: to the served model.
+        tile_size: rows and columns of a tile.
+        rate: arrivals a second.
+        requests: at least so many, in three windows.
+    """
+    try:
+        with counted(connection.url, connection.model_name) as counts:
+            row = analyzer.measure(
+                *(connection.url, connection.model_name, 1, tile_size),
+                requests=max(2, -(-requests // 3)),
+                memory="none",
+                rate=rate,
+                timeout_s=connection.timeout_s,
+            )
+        cached = counts().cached
+    except MeasureError as error:
+        return SecondOpinion(note=str(error))
+    if cached:
+        return SecondOpinion(note="answered from the response cache")
+    enough = row.requests >= LEAST_REQUESTS[99]
+    notes = [] if row.stable else ["unstable"]
+    notes += [] if enough else [f"{row.requests} requests are too few for p99"]
+    return SecondOpinion(row.ms("p50 latency"), row.ms("p99 latency") if enough else None, ", ".join(notes))
