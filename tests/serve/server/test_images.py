@@ -56,7 +56,20 @@ def training() -> Iterator[str]:
 
 
 def run_line(container: str, *options: str) -> list[str]:
-    return [*BUILDAH, "run", "--isolation", "chroot", "--user", "1000:1000", *options, container, "--"]
+    # As Docker does, and buildah does not, the machine resolves its own name: Gloo crashes where it cannot.
+    return [
+        *BUILDAH,
+        "run",
+        "--isolation",
+        "chroot",
+        "--hostname",
+        "localhost",
+        "--user",
+        "1000:1000",
+        *options,
+        container,
+        "--",
+    ]
 
 
 def inside(container: str, *words: str) -> str:
