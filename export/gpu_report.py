@@ -23,7 +23,7 @@ from export.plan.targets import TARGETS
 from unet.card import Card
 from unet.engine.cpu import CpuEngine
 from unet.engine.device import gpu
-from unet.engine.plan import PlanRunner, benchmark
+from unet.engine.plan import PlanRunner, benchmark, table
 from unet.errors import command, say
 from unet.files import atomic_file, write_json
 from unet.names import HALF_FILE, ONNX_FILE
@@ -86,15 +86,7 @@ def parity(runner: Any, found: Sequence[Sample]) -> list[Comparison]:
 
 def report(name: str, rows: Sequence[dict[str, float]], comparisons: Sequence[Comparison]) -> str:
     """The report as Markdown."""
-    lines = [
-        f"# The plan on {name}",
-        "",
-        "| tile | batch | img/s | p50 ms | p95 ms | p99 ms |",
-        "|" + "---:|" * 6,
-    ]
-    for row in rows:
-        cells = [f"{row[key]:.2f}" for key in ("img_per_s", "p50_ms", "p95_ms", "p99_ms")]
-        lines.append(f"| {row['tile_size']:.0f} | {row['batch_size']:.0f} | {' | '.join(cells)} |")
+    lines = [f"# The plan on {name}", "", table(rows)]
     lines += [
         "",
         "The plan alone, copies to and from the GPU included. Of all batch sizes the one that differs most:",

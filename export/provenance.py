@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from unet import __version__
 from unet.files import atomic_file
+from unet.measure import markdown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,34 +66,34 @@ def card_page(card: Card) -> str:
             f"with {card.model['machine']['cores']} cores.",
             "",
         ]
-    lines += ["| artefact | SHA-256 | made from | command |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {entry.file} | `{entry.sha256[:12]}` | {entry.parent or ''} | `{entry.command}` |"
+    made = [
+        [entry.file, f"`{entry.sha256[:12]}`", entry.parent or "", f"`{entry.command}`"]
         for entry in card.artefacts.values()
     ]
-    lines += ["", f"Every step was run on {card.model['parity_tiles']}.", "", *_parity_table(card.parity), ""]
+    lines.append(markdown(["artefact", "SHA-256", "made from", "command"], made, "llll"))
+    lines += ["", f"Every step was run on {card.model['parity_tiles']}.", "", _parity_table(card.parity), ""]
     if card.model["scores"]:
         lines += ["Scores of whole slices that training did not see:", ""]
-        lines += ["| step | V_rand thin | V_info thin | share kept (accepted) |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {row['step']} | {row['v_rand']:.4f} | {row['v_info']:.4f} | {row['ratio']:.4f} ({row['least']:g}) |"
+        rows = [
+            [row["step"], f"{row['v_rand']:.4f}", f"{row['v_info']:.4f}", f"{row['ratio']:.4f} ({row['least']:g})"]
             for row in card.model["scores"]
         ]
-        lines.append("")
+        lines += [markdown(["step", "V_rand thin", "V_info thin", "share kept (accepted)"], rows, "lrrr"), ""]
     if card.has_engine and card.model["scores"]:
         lines += ["![the slice where the engine differs most](worst_slice.png)", ""]
         lines += ["*Slice, SavedModel, engine, ten times their difference.*", ""]
     return "\n".join(lines)
 
 
-def _parity_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| step | against | quantity | largest difference (accepted) | pixels flipped (accepted) | |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        lines.append(
-            f"| {row['step']} | {row['against']} | {row['quantity']} "
-            f"| {row['max_difference']:.1e} ({row['max_accepted']:.0e}) "
-            f"| {row['flipped_share']:.1e} ({row['flipped_accepted']:.0e}) "
-            f"| {'' if row['accepted'] else 'not used'} |"
-        )
-    return lines
+def _parity_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        [
+            *(row["step"], row["against"], row["quantity"]),
+            f"{row['max_difference']:.1e} ({row['max_accepted']:.0e})",
+            f"{row['flipped_share']:.1e} ({row['flipped_accepted']:.0e})",
+            "" if row["accepted"] else "not used",
+        ]
+        for row in rows
+    ]
+    head = ["step", "against", "quantity", "largest difference (accepted)", "pixels flipped (accepted)", ""]
+    return markdown(head, lines, "lllrrl")

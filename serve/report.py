@@ -14,7 +14,6 @@ from serve.measure.page.report import (
     ReportError,
     card_section,
     page_json,
-    page_range,
     score_section,
     slices_of,
     speed_section,
@@ -37,14 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--probability", type=Path, required=True, help="what the client wrote of it")
     parser.add_argument("--labels", type=Path, help="its labels, for the scores")
     add_label_flags(parser)
-    parser.add_argument("--pages", help="slices FIRST:LAST to show and score, LAST left out (default: all)")
+    parser.add_argument("--pages", default=":", help="slices FIRST:LAST to show and score, LAST left out")
     parser.add_argument("--benchmark", type=Path, help="benchmark.json of serve/benchmark.py")
     parser.add_argument("--artefacts", type=Path, help="folder with the model's card.json")
     parser.add_argument("--threshold", type=float, default=0.5, help="of the overlay (default: %(default)g)")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     chosen = parser.parse_args(argv)
-    pages = page_range(chosen.pages)
-    slices = slices_of(chosen.images, chosen.probability, chosen.threshold, pages)
+    slices = slices_of(chosen.images, chosen.probability, chosen.threshold, chosen.pages)
     sections = []
     if chosen.labels is not None:
         shown = [one["page"] for one in slices]

@@ -20,10 +20,10 @@ from serve.measure.progress import Progress
 from serve.measure.rows import lone_rows
 from serve.measure.sizing.one_server import Beside, beside_table, beside_the_simulation
 from serve.measure.sizing.simulation import Need, ScalingSettings, ServiceTimes, servers_needed, volume_hours
-from serve.measure.tables import markdown
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
 from unet.files import write_json
+from unet.measure import markdown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

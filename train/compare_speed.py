@@ -22,7 +22,7 @@ from train.config import TrainConfig, parse_config
 from unet.errors import UnetError, command, say
 from unet.files import write_json
 from unet.machine import machine
-from unet.measure import interleave, ratios
+from unet.measure import interleave, markdown, ratios
 from unet.processes import child
 
 if TYPE_CHECKING:
@@ -56,12 +56,11 @@ class Ratio:
         """The ratio in the middle round."""
         return statistics.median(self.rounds)
 
-    def __str__(self) -> str:
+    def cells(self) -> list[str]:
+        """A line of the table."""
         over, under = statistics.median(self.numerators), statistics.median(self.denominators)
-        return (
-            f"| {self.name} | {over:.4g} / {under:.4g} {self.unit} | {self.median:.3f} | "
-            f"{self.rounds[0]:.3f} to {self.rounds[-1]:.3f} |"
-        )
+        spread = f"{self.rounds[0]:.3f} to {self.rounds[-1]:.3f}"
+        return [self.name, f"{over:.4g} / {under:.4g} {self.unit}", f"{self.median:.3f}", spread]
 
 
 def our_steps(config: TrainConfig, slices: Sequence[Slice], steps: int) -> Callable[[], float]:
@@ -209,8 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
     )
     say(f"{config.base_filters} filters, windows of {config.tile_size}, batch {config.batch_size}, {machine()}")
-    say("| ratio | medians | median ratio | over the rounds |\n|---|---|---:|---|")
-    say("\n".join(map(str, found)))
+    say(markdown(["ratio", "medians", "median ratio", "over the rounds"], [ratio.cells() for ratio in found], "llrl"))
     say(f"all figures: {chosen.out}")
     return 0
 

@@ -20,6 +20,7 @@ from train.config import parse_config
 from train.input.dataset import FOLDS
 from unet.errors import UnetError, command, say
 from unet.files import atomic_file
+from unet.measure import markdown
 from unet.processes import child
 
 if TYPE_CHECKING:
@@ -72,9 +73,8 @@ class Fold:
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """A Markdown table of each row's scores."""
-    lines = ["| fold | V_rand thin | V_info thin | Dice of the membrane | pixel error |", "|---|---:|---:|---:|---:|"]
-    lines += [f"| {name} | " + " | ".join(f"{row[key]:.4f}" for key in FIGURES) + " |" for name, row in rows.items()]
-    return "\n".join(lines)
+    lines = [[name, *(f"{row[key]:.4f}" for key in FIGURES)] for name, row in rows.items()]
+    return markdown(["fold", "V_rand thin", "V_info thin", "Dice of the membrane", "pixel error"], lines)
 
 
 @command

@@ -209,11 +209,6 @@ class Card:
                 return self.verify(name)
         raise CardError(f"{self.folder / CARD_FILE} names the engine file {self.engine.file} but does not list it")
 
-    def verify_all(self) -> None:
-        """``verify`` every artefact on the card."""
-        for name in self.artefacts:
-            self.verify(name)
-
     def _check_chain(self, name: str) -> None:
         seen = [name]
         while (parent := self.artefacts[seen[-1]].parent) is not None:

@@ -27,10 +27,6 @@ FloatArray = npt.NDArray[Any]
 Slices = tuple[slice, slice]
 
 
-class GeometryError(UnetError):
-    """A size that the network cannot take."""
-
-
 def is_valid_size(size: int) -> bool:
     """Whether the network takes tiles of ``size`` x ``size`` pixels."""
     return size >= MIN_SIZE and (size - MIN_SIZE) % GRID == 0
@@ -40,12 +36,12 @@ def output_size(size: int) -> int:
     """The side, in pixels, of the output of a tile of side ``size``.
 
     Raises:
-        GeometryError: if ``size`` is not 188 + 16k.
+        UnetError: if ``size`` is not 188 + 16k.
     """
     if not is_valid_size(size):
         above = valid_size_for(max(1, size - CONTEXT))
         near = str(above) if above == MIN_SIZE else f"{above - GRID} and {above}"
-        raise GeometryError(f"a tile of {size} pixels does not fit the network, which takes 188 + 16k: near are {near}")
+        raise UnetError(f"a tile of {size} pixels does not fit the network, which takes 188 + 16k: near are {near}")
     return size - CONTEXT
 
 
@@ -53,10 +49,10 @@ def valid_size_for(output: int) -> int:
     """The smallest tile side whose output is at least ``output`` pixels wide.
 
     Raises:
-        GeometryError: if ``output`` is not positive.
+        UnetError: if ``output`` is not positive.
     """
     if output < 1:
-        raise GeometryError(f"an output of {output} pixels is no output: it must be at least 1")
+        raise UnetError(f"an output of {output} pixels is no output: it must be at least 1")
     return MIN_SIZE + GRID * max(0, -(-(output + CONTEXT - MIN_SIZE) // GRID))
 
 
@@ -120,15 +116,6 @@ class TilePlan:
     def __len__(self) -> int:
         return len(self.tiles)
 
-    @property
-    def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """How far the slice is mirrored outwards: ((top, bottom), (left, right)), in pixels."""
-        last = self.tiles[-1]
-        return (
-            (HALO, last.row0 + last.size - HALO - self.height),
-            (HALO, last.col0 + last.size - HALO - self.width),
-        )
-
     def extract(self, image: AnyArray, tile: Tile) -> AnyArray:
         """What ``tile`` reads of ``image`` [height, width], mirrored beyond the borders: [size, size]."""
         rows = mirrored_indices(tile.row0 - HALO, tile.size, self.height)
@@ -186,13 +173,13 @@ def plan_tiles(height: int, width: int, tile_size: int) -> TilePlan:
         tile_size: side of a tile, 188 + 16k.
 
     Raises:
-        GeometryError: if the tile size does not fit the network, gives no whole grid step, or the slice is empty.
+        UnetError: if the tile size does not fit the network, gives no whole grid step, or the slice is empty.
     """
     if height < 1 or width < 1:
-        raise GeometryError(f"a slice of {height} x {width} pixels is empty")
+        raise UnetError(f"a slice of {height} x {width} pixels is empty")
     reach = output_size(tile_size)
     if max(height, width) > reach and reach < GRID:
-        raise GeometryError(
+        raise UnetError(
             f"tiles of {tile_size} pixels write {reach}, less than the pooling grid of {GRID}: "
             f"a slice of {height} x {width} needs tiles of at least {valid_size_for(GRID)}"
         )
@@ -210,10 +197,10 @@ def cheapest_tile_size(height: int, width: int, allowed: Sequence[int]) -> int:
     Of two that cost the same the smaller is taken: it needs less memory.
 
     Raises:
-        GeometryError: if ``allowed`` is empty, or one of its sizes does not fit the network or the slice.
+        UnetError: if ``allowed`` is empty, or one of its sizes does not fit the network or the slice.
     """
     if not allowed:
-        raise GeometryError("no tile size is allowed: the served model must name at least one")
+        raise UnetError("no tile size is allowed: the served model must name at least one")
     return min(sorted(allowed), key=lambda size: len(plan_tiles(height, width, size)) * size**2)
 
 
@@ -232,10 +219,10 @@ def predict_tiled(
         The outputs put together, [height, width], of the dtype that ``predict`` gives.
 
     Raises:
-        GeometryError: if the image is not of the plan's size, or the batch is empty.
+        UnetError: if the image is not of the plan's size, or the batch is empty.
     """
     if image.shape != (plan.height, plan.width) or batch_size < 1:
-        raise GeometryError(
+        raise UnetError(
             f"an image of {image.shape} in batches of {batch_size} does not fit a plan for {plan.height} x {plan.width}"
         )
     result: FloatArray = np.empty(0)

@@ -1,9 +1,12 @@
-"""Things measured in turn: each meets the machine's moods alike, and a ratio is taken within a round."""
+"""Things measured in turn, and the table that shows the figures.
+
+Each meets the machine's moods alike, and a ratio is taken within a round.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 Figure = TypeVar("Figure")
@@ -37,3 +40,23 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
     """One figure over another, round by round, sorted: its middle is the ratio and its ends are the spread."""
     return sorted(above / below for above, below in zip(over, under))
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[object]], align: str = "") -> str:
+    """An aligned Markdown table.
+
+    Args:
+        head: the columns' headings.
+        lines: cells of each line; what is no text is shown by ``str``.
+        align: "l" or "r" for each column; by default all are flush right.
+    """
+    rows = [list(head), *([str(cell).replace("|", "/") for cell in line] for line in lines)]
+    sides = align or "r" * len(head)
+    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(head))]
+    rule = ["-" * width if side == "l" else "-" * (width - 1) + ":" for width, side in zip(widths, sides)]
+    text = []
+    for row in (rows[0], rule, *rows[1:]):
+        cells = zip(row, widths, sides)
+        padded = [cell.ljust(width) if side == "l" else cell.rjust(width) for cell, width, side in cells]
+        text.append(f"| {' | '.join(padded)} |")
+    return "\n".join(text)

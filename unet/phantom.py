@@ -33,10 +33,6 @@ _REACH_PX = 32
 _DRIFT_PX = 1.8
 
 
-class PhantomError(UnetError):
-    """A synthetic stack that cannot be made."""
-
-
 @dataclass(frozen=True)
 class _Cells:
     """The cells of one slice, each a disc stretched to a capsule; arrays of one entry per cell.
@@ -74,10 +70,10 @@ def synthetic_stack(
         (images uint8 [slices, size, size], labels uint8 [slices, size, size]: 0 membrane, 1 not).
 
     Raises:
-        PhantomError: if there would be too few pixels.
+        UnetError: if there would be too few pixels.
     """
     if slices < 1 or size < 16:
-        raise PhantomError(f"a synthetic stack of {slices} slices of {size} pixels is too small: at least 1 of 16")
+        raise UnetError(f"a synthetic stack of {slices} slices of {size} pixels is too small: at least 1 of 16")
     rng = np.random.default_rng(seed)
     cells = _pack(rng, size)
     drift = rng.normal(0, _DRIFT_PX, cells.centre.shape)

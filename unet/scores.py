@@ -19,16 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from unet.errors import UnetError, command, say
-from unet.volume import NOT_ANNOTATED, PROBABILITY_LIMITS, StackReader, add_label_flags, label_options, read_labels
+from unet.volume import (
+    NOT_ANNOTATED,
+    PROBABILITY_LIMITS,
+    StackReader,
+    add_label_flags,
+    label_options,
+    page_range,
+    read_labels,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 THRESHOLDS = tuple(step / 10 for step in range(11))
-
-
-class ScoreError(UnetError):
-    """A proposal that cannot be scored."""
 
 
 def dice(probability: npt.NDArray[Any], labels: npt.NDArray[Any], threshold: float = 0.5) -> float:
@@ -83,7 +87,7 @@ def v_rand_v_info(proposal: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_])
         (V_rand, V_info), each 1 for the same segments; V_info is 1 also where one segment meets one, 0 / 0.
 
     Raises:
-        ScoreError: if the truth has no foreground.
+        UnetError: if the truth has no foreground.
     """
     import scipy.ndimage
     import scipy.sparse
@@ -92,7 +96,7 @@ def v_rand_v_info(proposal: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_])
     inside = objects > 0
     pixels = int(inside.sum())
     if pixels == 0:
-        raise ScoreError("a label slice without any non-membrane pixel cannot be scored: leave it out")
+        raise UnetError("a label slice without any non-membrane pixel cannot be scored: leave it out")
     a = objects[inside]
     b = thinned_segments(proposal)[inside]
     kept = b > 0
@@ -199,12 +203,12 @@ def score_stack(
             threads may hang; that takes them a second.
 
     Raises:
-        ScoreError: if the shapes differ, there are no slices, or a value is not a number in [0, 1].
+        UnetError: if the shapes differ, there are no slices, or a value is not a number in [0, 1].
     """
     if probability.shape != labels.shape or probability.ndim != 3 or len(probability) == 0:
-        raise ScoreError(f"a proposal of {probability.shape} cannot be scored against labels of {labels.shape}")
+        raise UnetError(f"a proposal of {probability.shape} cannot be scored against labels of {labels.shape}")
     if not (np.isfinite(probability).all() and probability.min() >= 0 and probability.max() <= 1):
-        raise ScoreError("the proposal has values outside 0 to 1: it must be the probability of not being membrane")
+        raise UnetError("the proposal has values outside 0 to 1: it must be the probability of not being membrane")
     cuts = tuple(float(threshold) for threshold in thresholds)
     tasks = [(proposal, label, cuts) for proposal, label in zip(probability, labels)]
     if jobs > 1:
@@ -220,17 +224,6 @@ def score_stack(
         dice(probability, labels),
         pixel_error(probability, labels),
     )
-
-
-def _pages(text: str, count: int) -> slice:
-    first, _, last = text.partition(":")
-    try:
-        chosen = slice(int(first or 0), int(last or count))
-    except ValueError:
-        raise ScoreError(f"--pages {text} is not FIRST:LAST, as in 24:30") from None
-    if not 0 <= chosen.start < chosen.stop <= count:
-        raise ScoreError(f"--pages {text} is outside the stack's 0:{count}")
-    return chosen
 
 
 @command
@@ -249,10 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         scale = 1.0 if reader.dtype.kind == "f" else float(np.iinfo(reader.dtype).max)
         probability = np.stack([page / np.float32(scale) for page in reader])
     if probability.shape != labels.shape:
-        raise ScoreError(f"{chosen.probability} is {probability.shape} but {chosen.labels} is {labels.shape}")
-    part = _pages(chosen.pages, len(labels))
-    scores = score_stack(probability[part], labels[part], jobs=chosen.jobs)
-    say(json.dumps(scores.as_dict()) if chosen.json else f"{len(labels[part])} slices: {scores}")
+        raise UnetError(f"{chosen.probability} is {probability.shape} but {chosen.labels} is {labels.shape}")
+    pages = page_range(chosen.pages, len(labels))
+    scores = score_stack(probability[pages], labels[pages], jobs=chosen.jobs)
+    say(json.dumps(scores.as_dict()) if chosen.json else f"{len(pages)} slices: {scores}")
     return 0
 
 

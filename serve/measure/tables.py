@@ -13,7 +13,7 @@ from serve.measure.levels import WAYS, EngineLevel
 from serve.measure.perf_analyzer import COLUMNS
 from serve.measure.rows import SLICE_PX, Row
 from unet.files import atomic_file
-from unet.measure import ratios
+from unet.measure import markdown, ratios
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,14 +31,6 @@ V100_TILE = 572
 # Of a chart: its height, and how far its line goes down and up from there.
 Bar = tuple[float, float, float]
 _NO_BAR: Bar = (np.nan, 0.0, 0.0)
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table, all columns flush right."""
-    rows = [list(head), *(list(line) for line in lines)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    text = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *text[1:]])
 
 
 def figure(value: float | None, digits: int = 1) -> str:

@@ -169,7 +169,7 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
 
     Raises:
         CardError: the card names no engine for this profile.
-        GeometryError: a tile size on the card is none that the network can take.
+        UnetError: a tile size on the card is none that the network can take.
     """
     from tritonclient.grpc import model_config_pb2 as pb
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_every_batch_size_is_compared_with_both_files(card: Card, data_dir: Path
         [dict.fromkeys(("tile_size", "batch_size", "img_per_s", "p50_ms", "p95_ms", "p99_ms"), 8.0)],
         comparisons,
     )
-    assert "| 8 | 8 | 8.00 | 8.00 | 8.00 | 8.00 |" in text
+    assert "| 8 | 8 | 8.00 | 8.00 | 8.00 | 8.00 |" in re.sub(" +", " ", text)
     assert text.count("plan, batch ") == 4
 
 
@@ -70,14 +71,17 @@ def test_a_plan_shows_on_the_card_and_on_its_page(card: Card, tmp_path: Path) ->
     command = "python -m export.plan.build --artefacts . --target v100"
     keep_plan(Card.load(folder), b"layers", "{}", command, {"tensorrt": "10.4.0"}, compute_capability="7.0")
     found = Card.load(folder)
-    found.verify_all()
+    for name in found.artefacts:
+        found.verify(name)
     entry = found.artefacts["plan"]
     assert (entry.parent, entry.versions["tensorrt"], entry.facts["compute_capability"]) == (
         "onnx_fp16",
         "10.4.0",
         "7.0",
     )
-    assert f"| {PLAN_FILE} | `{entry.sha256[:12]}` | onnx_fp16 | `{command}` |" in (folder / PAGE).read_text()
+    assert f"| {PLAN_FILE} | `{entry.sha256[:12]}` | onnx_fp16 | `{command}` |" in re.sub(
+        " +", " ", (folder / PAGE).read_text()
+    )
 
 
 def test_without_a_gpu_it_is_one_sentence(card: Card, project_root: Path) -> None:

@@ -15,7 +15,7 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     ratio = Ratio("x / y", "ms", (2.0, 20.0, 6.0), (1.0, 10.0, 2.0))
     assert ratio.rounds == [2.0, 2.0, 3.0]
     assert ratio.median == 2.0
-    assert str(ratio) == "| x / y | 6 / 2 ms | 2.000 | 2.000 to 3.000 |"
+    assert ratio.cells() == ["x / y", "6 / 2 ms", "2.000", "2.000 to 3.000"]
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ def test_a_loaded_card_is_the_saved_one(folder: Path) -> None:
     assert card.artefacts["onnx"].parent_sha256 == card.artefacts["saved_model"].sha256
     assert card.artefacts["saved_model"].versions == {"tensorflow": "2.15.1"}
     assert card.verify_engine() == folder / "model.fp16.onnx"
-    card.verify_all()
+    for name in card.artefacts:
+        card.verify(name)
 
 
 def test_another_file_is_refused_with_both_hashes(folder: Path) -> None:

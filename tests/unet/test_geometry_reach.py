@@ -9,11 +9,11 @@ import scipy.ndimage
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from unet.errors import UnetError
 from unet.geometry import (
     GRID,
     HALO,
     MIN_SIZE,
-    GeometryError,
     cheapest_tile_size,
     output_size,
     plan_tiles,
@@ -169,5 +169,5 @@ def test_tiled_smoothing_of_a_slice_smaller_than_the_halo() -> None:
 
 @pytest.mark.parametrize(("height", "batch_size"), [(6, 1), (5, 0)])
 def test_what_does_not_fit_a_plan(height: int, batch_size: int) -> None:
-    with pytest.raises(GeometryError, match=f"in batches of {batch_size} does not fit a plan for 5 x 4"):
+    with pytest.raises(UnetError, match=f"in batches of {batch_size} does not fit a plan for 5 x 4"):
         predict_tiled(np.zeros((height, 4)), plan_tiles(5, 4, 204), unet_like, batch_size)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unet.intensity import IntensityError, normalise, to_uint8
+from unet.errors import UnetError
+from unet.intensity import normalise, to_uint8
 
 
 def test_normalise_covers_minus_one_to_one() -> None:
@@ -23,7 +24,7 @@ def test_a_window_is_linear_and_clips() -> None:
 
 
 def test_what_cannot_be_windowed() -> None:
-    with pytest.raises(IntensityError, match="need a window"):
+    with pytest.raises(UnetError, match="need a window"):
         to_uint8(np.zeros(1, np.uint16))
-    with pytest.raises(IntensityError, match="is empty"):
+    with pytest.raises(UnetError, match="is empty"):
         to_uint8(np.zeros(1, np.uint16), (5, 5))

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from unet.intensity import IntensityError, parse_window, to_uint8
-from unet.percentiles import measure
+from unet.errors import UnetError
+from unet.intensity import parse_window, to_uint8
+from unet.intensity.percentiles import measure
 
 Array = npt.NDArray[Any]
 windows = st.tuples(st.integers(0, 65534), st.integers(1, 65535)).filter(lambda w: w[0] < w[1])
@@ -40,5 +41,5 @@ def test_a_window_maps_linearly_and_clips(image: Array, window: tuple[int, int])
     ],
 )
 def test_what_has_no_8_bits(act: Any, sentence: str) -> None:
-    with pytest.raises(IntensityError, match=sentence):
+    with pytest.raises(UnetError, match=sentence):
         act()

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 
 from train.input.dataset import load_slices
 from unet.intensity import WindowChoice, Windows, find_windows, parse_window, to_uint8
-from unet.percentiles import measure
+from unet.intensity.percentiles import measure
 from unet.volume import open_volume
 
 Array = npt.NDArray[Any]

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from unet.measure import interleave, ratios, timed
+from unet.measure import interleave, markdown, ratios, timed
 
 
 def test_every_round_calls_every_subject_once_another_one_first() -> None:
@@ -29,3 +29,14 @@ def test_a_timed_subject_gives_its_seconds(monkeypatch: pytest.MonkeyPatch) -> N
     done = []
     assert timed(lambda: done.append("it"))() == 2.5
     assert done == ["it"]
+
+
+def test_a_table_is_aligned() -> None:
+    lines = [["fold 0", 0.9731], ["a|b", 1]]
+    assert markdown(["name", "score"], lines, "lr").splitlines() == [
+        "| name   |  score |",
+        "| ------ | -----: |",
+        "| fold 0 | 0.9731 |",
+        "| a/b    |      1 |",
+    ]
+    assert markdown(["n"], []) == "|   n |\n| --: |"

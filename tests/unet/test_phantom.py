@@ -13,7 +13,8 @@ import scipy.ndimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet.phantom import PhantomError, main, synthetic_stack
+from unet.errors import UnetError
+from unet.phantom import main, synthetic_stack
 from unet.scores import score_stack
 from unet.volume import StackReader, load_pair, read_images
 
@@ -89,9 +90,9 @@ def test_it_is_made_fast() -> None:
 
 
 def test_what_is_too_small() -> None:
-    with pytest.raises(PhantomError, match="a synthetic stack of 0 slices of 512 pixels is too small"):
+    with pytest.raises(UnetError, match="a synthetic stack of 0 slices of 512 pixels is too small"):
         synthetic_stack(slices=0)
-    with pytest.raises(PhantomError, match="of 15 pixels is too small"):
+    with pytest.raises(UnetError, match="of 15 pixels is too small"):
         synthetic_stack(slices=1, size=15)
 
 

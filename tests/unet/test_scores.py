@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from unet.scores import ScoreError, dice, pixel_error, score_stack, thinned_segments, v_rand_v_info
+from unet.errors import UnetError
+from unet.scores import dice, pixel_error, score_stack, thinned_segments, v_rand_v_info
 from unet.volume import read_labels
 
 Array = npt.NDArray[Any]
@@ -194,7 +195,7 @@ def test_more_processes_give_the_same() -> None:
     ],
 )
 def test_what_cannot_be_scored(probability: Array, sentence: str) -> None:
-    with pytest.raises(ScoreError, match=sentence):
+    with pytest.raises(UnetError, match=sentence):
         score_stack(probability, TRUTH[np.newaxis])
 
 

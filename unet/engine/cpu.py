@@ -120,7 +120,7 @@ class CpuEngine:
 
         Raises:
             EngineError: another type or number of dimensions.
-            GeometryError: a height or width that the network cannot take.
+            UnetError: a height or width that the network cannot take.
         """
         if image.dtype != np.uint8:
             raise EngineError(f"tiles must be uint8, these are {image.dtype}: see unet.intensity.to_uint8")

@@ -21,10 +21,11 @@ from unet.engine.library import BuildLog, load_library, make_logger
 from unet.errors import UnetError, command, say
 from unet.files import write_json
 from unet.geometry import output_size
+from unet.measure import markdown
 from unet.names import INPUT, OUTPUT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     import tensorrt
@@ -217,6 +218,15 @@ def benchmark(runner: PlanRunner, seconds: float) -> list[dict[str, float]]:
     return rows
 
 
+def table(rows: Sequence[Mapping[str, float]]) -> str:
+    """What ``benchmark`` found, as Markdown."""
+    rates = ("img_per_s", "p50_ms", "p95_ms", "p99_ms")
+    lines = [
+        [f"{row['tile_size']:.0f}", f"{row['batch_size']:.0f}", *(f"{row[name]:.2f}" for name in rates)] for row in rows
+    ]
+    return markdown(["tile", "batch", "img/s", "p50 ms", "p95 ms", "p99 ms"], lines)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a plan from the command line."""
@@ -234,11 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with PlanRunner(chosen.artefacts) as runner:
         rows = benchmark(runner, chosen.seconds)
     write_json(chosen.out, {"gpu": gpu().name, "rows": rows})
-    say("| tile | batch | img/s | p50 ms | p95 ms | p99 ms |\n|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        cells = [f"{row['tile_size']}", f"{row['batch_size']}"]
-        cells += [f"{row[name]:.2f}" for name in ("img_per_s", "p50_ms", "p95_ms", "p99_ms")]
-        say(f"| {' | '.join(cells)} |")
+    say(table(rows))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Image volumes in and out: stacks of equal grey slices, read and written without holding them in memory."""
 
 from unet.volume.labels import MASKS, NOT_ANNOTATED, LabelOptions, add_label_flags, label_options, read_labels
-from unet.volume.limits import IMAGE_LIMITS, LABEL_LIMITS, PROBABILITY_LIMITS, Limits, StackError
+from unet.volume.limits import IMAGE_LIMITS, LABEL_LIMITS, PROBABILITY_LIMITS, Limits, StackError, page_range
 from unet.volume.metadata import StackMetadata
 from unet.volume.ome_zarr import ZarrCanvas, ZarrStack
 from unet.volume.opening import open_volume
@@ -32,6 +32,7 @@ __all__ = [
     "label_options",
     "load_pair",
     "open_volume",
+    "page_range",
     "read_images",
     "read_labels",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unet.errors import UnetError
-from unet.percentiles import DTYPES as INTENSITY_DTYPES
+from unet.intensity import DTYPES as INTENSITY_DTYPES
 
 
 class StackError(UnetError):
@@ -32,3 +32,25 @@ class Limits:
 IMAGE_LIMITS = Limits()
 PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"), finite=True)
 LABEL_LIMITS = Limits(dtypes=("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"))
+
+
+def page_range(text: str, count: int) -> range:
+    """The slices that a flag's FIRST:LAST means, LAST left out; either may be left away.
+
+    Args:
+        text: what the user wrote.
+        count: slices of the stack.
+
+    Raises:
+        StackError: if it is something else, or outside the stack.
+    """
+    first, colon, last = text.partition(":")
+    try:
+        chosen = range(int(first or 0), int(last or count))
+    except ValueError:
+        colon = ""
+    if not colon:
+        raise StackError(f"--pages {text} is not FIRST:LAST, as in 24:30")
+    if not 0 <= chosen.start < chosen.stop <= count:
+        raise StackError(f"--pages {text} is outside the stack's 0:{count}")
+    return chosen

@@ -17,10 +17,6 @@ GAP_PX = 8
 MAX_SIDE_PX = 2048
 
 
-class OverlayError(UnetError):
-    """A slice and a probability that do not fit each other."""
-
-
 def membrane_overlay(
     image: npt.NDArray[np.uint8], probability: npt.NDArray[Any], threshold: float = 0.5
 ) -> npt.NDArray[np.uint8]:
@@ -49,12 +45,12 @@ def overlay_png(
     membrane of its probabilities, so that thin membranes stay.
 
     Raises:
-        OverlayError: if the probability is not of the slice's shape.
+        UnetError: if the probability is not of the slice's shape.
     """
     from PIL import Image
 
     if image.ndim != 2 or image.shape != probability.shape:
-        raise OverlayError(f"{path} cannot show a probability of {probability.shape} over a slice of {image.shape}")
+        raise UnetError(f"{path} cannot show a probability of {probability.shape} over a slice of {image.shape}")
     image, probability = shrink(image, probability, shrink_factor(*image.shape))
     raw = np.repeat(image[..., np.newaxis], 3, axis=-1)
     gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)

@@ -16,7 +16,7 @@ from serve.measure.rows import lone_rows
 from unet.errors import UnetError
 from unet.files import atomic_file
 from unet.intensity import find_windows
-from unet.volume import PROBABILITY_LIMITS, StackReader, open_volume
+from unet.volume import PROBABILITY_LIMITS, StackReader, open_volume, page_range
 from unet.volume.overlay import membrane_overlay, shrink, shrink_factor
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def picture(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def slices_of(
-    images: str | Path, probabilities: str | Path, threshold: float, pages: range | None = None
+    images: str | Path, probabilities: str | Path, threshold: float, pages: str = ":"
 ) -> list[dict[str, Any]]:
     """Input, probability and overlay of each slice as pictures.
 
@@ -52,7 +52,7 @@ def slices_of(
         images: the stack that was segmented.
         probabilities: what the client wrote of it.
         threshold: of the overlay.
-        pages: which slices; all by default.
+        pages: which slices, as FIRST:LAST; all by default.
 
     Raises:
         StackError: if either cannot be read.
@@ -63,7 +63,7 @@ def slices_of(
             raise ReportError(f"{probabilities} is not of {images}: segment it again")
         windows = find_windows(volume)
         shown = []
-        for page in pages or range(len(found)):
+        for page in page_range(pages, len(found)):
             image = windows.apply(page, volume[page])
             image, probability = shrink(image, found[page], shrink_factor(*image.shape))
             grey = np.asarray(np.rint(probability * 255), np.uint8)
@@ -165,16 +165,6 @@ def write_report(out: Path, title: str, slices: list[dict[str, Any]], sections: 
     page = page.replace("@TITLE@", html.escape(title)).replace("@SECTIONS@", "\n".join(sections))
     with atomic_file(out) as aside:
         aside.write_text(page.replace("@SLICES@", data), encoding="utf-8")
-
-
-def page_range(text: str | None) -> range | None:
-    """The slices of FIRST:LAST; None where all are meant."""
-    if text is None:
-        return None
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise ReportError(f"--pages {text} is not FIRST:LAST, as in 24:30")
-    return range(int(first), int(last))
 
 
 def page_json(path: Path) -> Any:

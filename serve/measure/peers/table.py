@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serve.measure.peers.comparison import OURS
-from serve.measure.tables import NOT_MEASURED, markdown
-from unet.measure import ratios
+from serve.measure.tables import NOT_MEASURED
+from unet.measure import markdown, ratios
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from serve.measure.open_loop import OpenLoad, SecondOpinion, open_load, second_opinion
 from serve.measure.perf_analyzer import PerfAnalyzer
 from serve.measure.sizing.simulation import Need, latency_of
-from serve.measure.tables import figure, markdown
+from serve.measure.tables import figure
 from serve.segment.connection import Connection
+from unet.measure import markdown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ import pytest
 from export.gate.tiles import TilesError, gather_tiles
 from unet.geometry import plan_tiles
 from unet.intensity import to_uint8
-from unet.percentiles import measure
+from unet.intensity.percentiles import measure
 from unet.volume import StackReader, StackWriter
 
 

@@ -17,8 +17,8 @@ from serve.models.config import ModelSettings, RepositoryError, model_config
 from serve.models.publish import publish
 from serve.repository import main
 from unet.card import Card, CardError
+from unet.errors import UnetError
 from unet.files import sha256_of
-from unet.geometry import GeometryError
 from unet.machine import numa_nodes
 
 
@@ -144,7 +144,7 @@ def test_a_tile_size_that_the_network_cannot_take_is_refused(tiny_artefacts: Pat
     shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
     card = tmp_path / "artefacts" / "card.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), "tile_sizes": [512]}))
-    with pytest.raises(GeometryError, match="512"):
+    with pytest.raises(UnetError, match="512"):
         publish(tmp_path / "artefacts", tmp_path / "models", ModelSettings())
 
 

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import pytest
 import tifffile
 
-from unet.scores import ScoreError, dice, main, pixel_error, score_stack
+from unet.errors import UnetError
+from unet.scores import dice, main, pixel_error, score_stack
 from unet.volume import NOT_ANNOTATED, LabelOptions, StackError, read_labels
 
 Array = npt.NDArray[Any]
@@ -80,7 +81,7 @@ def test_scores_leave_out_what_nobody_annotated() -> None:
     assert pixel_error(proposal, sparse) == 0
     scores = score_stack(proposal, sparse)
     assert (scores.dice, scores.best_v_rand, scores.best_v_info) == (1, 1, 1)
-    with pytest.raises(ScoreError, match="without any non-membrane pixel"):
+    with pytest.raises(UnetError, match="without any non-membrane pixel"):
         score_stack(proposal, np.full_like(TRUTH, NOT_ANNOTATED))
 
 

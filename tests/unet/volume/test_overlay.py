@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet.volume.overlay import GAP_PX, MEMBRANE_COLOUR, OverlayError, membrane_overlay, overlay_png
+from unet.errors import UnetError
+from unet.volume.overlay import GAP_PX, MEMBRANE_COLOUR, membrane_overlay, overlay_png
 
 
 def test_only_the_membrane_is_tinted_and_the_surer_the_more() -> None:
@@ -52,6 +53,6 @@ def test_a_large_slice_is_shown_smaller_with_its_thin_membranes(tmp_path: Path) 
 
 
 def test_shapes_must_agree(tmp_path: Path) -> None:
-    with pytest.raises(OverlayError, match=r"a.png cannot show a probability of \(4, 5\) over a slice of \(5, 4\)"):
+    with pytest.raises(UnetError, match=r"a.png cannot show a probability of \(4, 5\) over a slice of \(5, 4\)"):
         overlay_png(tmp_path / "a.png", np.zeros((5, 4), np.uint8), np.zeros((4, 5)))
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from unet.volume import (
     StackReader,
     StackWriter,
     load_pair,
+    page_range,
     read_images,
     read_labels,
 )
@@ -247,3 +248,25 @@ def test_the_command_line_says_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: {path} is not a TIFF file: convert it to a TIFF stack of grey slices\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "pages"), [(":", range(9)), ("3:5", range(3, 5)), ("7:", range(7, 9)), (":2", range(2)), ("0:9", range(9))]
+)
+def test_a_range_of_pages(text: str, pages: range) -> None:
+    assert page_range(text, 9) == pages
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("3", "is not FIRST:LAST"),
+        ("a:b", "is not FIRST:LAST"),
+        ("5:3", "outside"),
+        ("3:10", "outside"),
+        ("-2:3", "outside"),
+    ],
+)
+def test_pages_that_are_not_there(text: str, sentence: str) -> None:
+    with pytest.raises(StackError, match=sentence):
+        page_range(text, 9)

@@ -1,4 +1,4 @@
-"""Intensities: the window that brings a volume to 8 bits, the same in the trainer and the client, and normalisation."""
+"""How the slices of a volume become 8 bits, and what the network makes of those."""
 
 from __future__ import annotations
 
@@ -10,19 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from unet.percentiles import IntensityError, Measured, Window, check_dtype, measure
-
-__all__ = [
-    "SLICE",
-    "STACK",
-    "IntensityError",
-    "Window",
-    "WindowChoice",
-    "Windows",
-    "find_windows",
-    "normalise",
-    "to_uint8",
-]
+from unet.errors import UnetError
+from unet.intensity.percentiles import Measured, Window, check_dtype, measure
 
 # A window, or whose percentiles make it; None: uint8 stays as it is, another volume has its own.
 WindowChoice = Window | str | None
@@ -60,18 +49,18 @@ def to_uint8(image: npt.NDArray[Any], window: Window | None = None) -> npt.NDArr
     """Bring intensities to 8 bits.
 
     Args:
-        image: of one of `percentiles.DTYPES`, any shape.
+        image: of one of `unet.intensity.DTYPES`, any shape.
         window: the intensities that become 0 and 255; between them the map is linear, beyond them clipped, and what is
             not a number becomes 0. Without one uint8 stays as it is, the same array.
 
     Raises:
-        IntensityError: if the image is of another dtype, is not uint8 and comes without a window, or the window is
+        UnetError: if the image is of another dtype, is not uint8 and comes without a window, or the window is
             empty.
     """
     check_dtype(image.dtype)
     if window is None:
         if image.dtype != np.uint8:
-            raise IntensityError(f"{image.dtype} intensities need a window, the two values that become 0 and 255")
+            raise UnetError(f"{image.dtype} intensities need a window, the two values that become 0 and 255")
         return image
     low, high = window
     check_window(window)
@@ -91,18 +80,18 @@ def check_window(window: Window) -> None:
     """Refuse a window without room between its values.
 
     Raises:
-        IntensityError: saying so.
+        UnetError: saying so.
     """
     low, high = window
     if not -np.inf < low < high < np.inf:
-        raise IntensityError(f"the intensity window {low:g} to {high:g} is empty: its second value must be the larger")
+        raise UnetError(f"the intensity window {low:g} to {high:g} is empty: its second value must be the larger")
 
 
 def parse_window(words: Sequence[str] | None) -> WindowChoice:
     """What the words of ``--window`` choose: "stack", "slice", or two intensities.
 
     Raises:
-        IntensityError: if they are something else.
+        UnetError: if they are something else.
     """
     if not words:
         return None
@@ -111,7 +100,7 @@ def parse_window(words: Sequence[str] | None) -> WindowChoice:
     try:
         low, high = (float(word) for word in words)
     except ValueError:
-        raise IntensityError(
+        raise UnetError(
             f"--window {' '.join(words)} is neither two intensities, LOW HIGH, nor {STACK} nor {SLICE}"
         ) from None
     check_window((low, high))
@@ -162,7 +151,7 @@ def find_windows(volume: Pixels, choice: WindowChoice = None) -> Windows:
         choice: the window, or "stack" or "slice" for percentiles of the whole stack or of each slice.
 
     Raises:
-        IntensityError: if the pixels are of a dtype that is not read, or the window is empty.
+        UnetError: if the pixels are of a dtype that is not read, or the window is empty.
     """
     check_dtype(volume.dtype)
     if choice is None and volume.dtype == np.uint8:

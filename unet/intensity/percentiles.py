@@ -27,10 +27,6 @@ _MOST_VALUES, _BLOCKS_OF_VALUES = 4096, 8
 _PLATEAU = 2
 
 
-class IntensityError(UnetError):
-    """Intensities that cannot be brought to 8 bits."""
-
-
 @dataclass(frozen=True)
 class Measured:
     """A window and what it was made of.
@@ -103,7 +99,7 @@ def measure(stack: Iterable[npt.NDArray[Any]]) -> Measured:
         stack: blocks of pixels, all of one of `DTYPES`; with more than 16 bits they are taken twice.
 
     Raises:
-        IntensityError: if the stack has no pixels, or others.
+        UnetError: if the stack has no pixels, or others.
     """
     counts = _Counts()
     total = 0
@@ -112,7 +108,7 @@ def measure(stack: Iterable[npt.NDArray[Any]]) -> Measured:
         total += size
     counts.finish()
     if total == 0:
-        raise IntensityError("a stack without pixels has no intensity window")
+        raise UnetError("a stack without pixels has no intensity window")
     counts.not_finite = total - counts.pixels
     if counts.dtype is None or counts.pixels == 0:
         return Measured((0.0, 1.0), (0.0, 1.0), {}, counts.not_finite, total)
@@ -227,7 +223,7 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
     """Refuse pixels that have no window.
 
     Raises:
-        IntensityError: saying so.
+        UnetError: saying so.
     """
     if dtype.name not in DTYPES:
-        raise IntensityError(f"{dtype} intensities cannot be read: convert the stack to 8- or 16-bit grey")
+        raise UnetError(f"{dtype} intensities cannot be read: convert the stack to 8- or 16-bit grey")
