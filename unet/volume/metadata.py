@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Protocol
 from xml.etree import ElementTree
 
 import tifffile
+
+from unet.errors import warn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +24,30 @@ _OME_KEYS = (
     *(f"PhysicalSize{axis}{suffix}" for axis in "XYZ" for suffix in ("", "Unit")),
     *("TimeIncrement", "TimeIncrementUnit"),
 )
-# In ImageJ's order, the only one it knows.
 _IMAGEJ_AXES = "TZC"
+
+
+_TIFF_UNITS = {2: "inch", 3: "cm"}
+# A resolution coarser than this, in a plain file, is that of a printer or a screen.
+_PRINTED_NM = 1e4
+_NANOMETRES = {
+    **dict.fromkeys(("pm", "picometer"), 1e-3),
+    **dict.fromkeys(("å", "a", "angstrom", "ångström"), 0.1),
+    **dict.fromkeys(("nm", "nanometer", "nanometre", "nanometers"), 1.0),
+    **dict.fromkeys(("um", "µm", "μm", "\\u00b5m", "micron", "microns", "micrometer", "micrometre"), 1e3),
+    **dict.fromkeys(("mm", "millimeter", "millimetre"), 1e6),
+    **dict.fromkeys(("cm", "centimeter", "centimetre"), 1e7),
+    **dict.fromkeys(("m", "meter", "metre"), 1e9),
+    "inch": 2.54e7,
+}
+
+
+def _nanometres(size: object, unit: object) -> float | None:
+    """A size in nanometres; None where it has none, or an unknown unit."""
+    try:
+        return _positive(size) * _NANOMETRES[str(unit).strip().lower()]
+    except (ValueError, KeyError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,23 @@ class StackMetadata:
         """The number of pages that the axes count through; 0 if they are not known."""
         return math.prod(self.lengths) if self.lengths else 0
 
+    @property
+    def pixel_size_nm(self) -> tuple[float | None, float | None, float | None]:
+        """Depth, height and width of a pixel in nanometres; None for what is not known."""
+        if self.flavour == "ome":
+            z, y, x = (
+                _nanometres(self.extra.get(f"PhysicalSize{axis}"), self.extra.get(f"PhysicalSize{axis}Unit", "µm"))
+                for axis in "ZYX"
+            )
+            return z, y, x
+        unit = self.extra.get("unit") if self.flavour == "imagej" else _TIFF_UNITS.get(self.resolution_unit)
+        steps = (None, None) if self.resolution is None else (1 / self.resolution[1], 1 / self.resolution[0])
+        y, x = (_nanometres(step, unit) for step in steps)
+        if self.flavour != "imagej" and (x is None or x > _PRINTED_NM):
+            y = x = None
+        z = _nanometres(self.extra.get("spacing"), unit) if self.flavour == "imagej" else None
+        return z, y, x
+
     def channel_of(self, page: int) -> int:
         """Which channel a page shows, from 0 on; 0 where the axes name none."""
         if "C" not in self.axes:
@@ -66,27 +109,58 @@ class Described(Protocol):
     pages: int
 
 
-def read_metadata(tiff: tifffile.TiffFile, pages: int) -> StackMetadata:
-    """The metadata of an open file of ``pages`` slices."""
+def read_metadata(tiff: tifffile.TiffFile, path: Path, axes: str, lengths: tuple[int, ...]) -> StackMetadata:
+    """The metadata of an open file whose slices count through ``axes``.
+
+    What cannot be understood is left out, with one line to the user: pixels decide, metadata never stops a run.
+    """
     page = tiff.pages.first
-    resolution: tuple[float, float] | None = None
-    if "XResolution" in page.tags and "YResolution" in page.tags:
-        pairs = page.tags["XResolution"].value, page.tags["YResolution"].value
-        if all(pair[0] and pair[1] for pair in pairs):
-            resolution = (pairs[0][0] / pairs[0][1], pairs[1][0] / pairs[1][1])
-    unit = int(page.tags["ResolutionUnit"].value) if "ResolutionUnit" in page.tags else 1
-    if tiff.is_ome:
-        return StackMetadata("ome", resolution, unit, *_leading_axes(tiff, pages), _ome_sizes(tiff.ome_metadata or ""))
-    if tiff.is_imagej:
-        found = tiff.imagej_metadata or {}
-        kept = {key: found[key] for key in _IMAGEJ_KEYS if key in found}
-        return StackMetadata("imagej", resolution, unit, *_imagej_axes(found, pages), kept)
-    if tiff.is_shaped and tiff.shaped_metadata:
-        own = dict(tiff.shaped_metadata[0])
-        for key in ("shape", "truncated", "axes"):
-            own.pop(key, None)
-        return StackMetadata("shaped", resolution, unit, *_leading_axes(tiff, pages), own)
-    return StackMetadata("tiff", resolution, unit, description=page.description or None)
+    drop = partial(_leave_out, path)
+    resolution, unit = _resolution(page, drop)
+    try:
+        if tiff.is_ome:
+            return StackMetadata("ome", resolution, unit, axes, lengths, _ome_sizes(tiff.ome_metadata or "", drop))
+        if tiff.is_imagej:
+            found = tiff.imagej_metadata or {}
+            kept = {key: found[key] for key in _IMAGEJ_KEYS if key in found}
+            return StackMetadata("imagej", resolution, unit, axes, lengths, kept)
+        if tiff.is_shaped and tiff.shaped_metadata:
+            own = dict(tiff.shaped_metadata[0])
+            for key in ("shape", "truncated", "axes"):
+                own.pop(key, None)
+            return StackMetadata("shaped", resolution, unit, axes, lengths, own)
+        if tiff.is_stk or axes not in ("Q", "Z"):
+            return StackMetadata("ome", resolution, unit, axes, lengths, _stk_sizes(tiff))
+        return StackMetadata("tiff", resolution, unit, axes, lengths, description=page.description or None)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        drop("description", str(error))
+        return StackMetadata("tiff", resolution, unit, axes, lengths)
+
+
+def _leave_out(path: Path, what: str, value: object) -> None:
+    warn(f"the {what} of {path} cannot be understood ({value}): it is left out")
+
+
+def _resolution(page: Any, drop: Callable[[str, object], None]) -> tuple[tuple[float, float] | None, int]:
+    """Pixels per unit along x and y, and TIFF's code of the unit."""
+    tags = page.tags
+    if "XResolution" not in tags or "YResolution" not in tags:
+        return None, 1
+    values = tags["XResolution"].value, tags["YResolution"].value
+    try:
+        per_unit = [_quotient(value) for value in values]
+        unit = int(tags["ResolutionUnit"].value) if "ResolutionUnit" in tags else 1
+    except (ZeroDivisionError, TypeError, ValueError, IndexError):
+        per_unit, unit = [0.0, 0.0], 1
+    # Beyond these a TIFF tag has no room for them.
+    if not all(2**-31 < value < 2**31 for value in per_unit):
+        if any(value not in ((0, 0), (0, 1)) for value in values):
+            drop("resolution", values)
+        return None, 1
+    if unit not in (1, 2, 3):
+        drop("unit of the resolution", unit)
+        unit = 1
+    return (per_unit[0], per_unit[1]), unit
 
 
 def describe(
@@ -117,47 +191,82 @@ def describe(
     whole = (*lengths, *shape, samples) if colour else (*lengths, *shape)
     plane = "YXS" if colour else "YX"
     if kept.flavour == "imagej":
-        described: str = tifffile.tifffile.imagej_description(whole, axes=f"{axes}{plane}", rgb=colour, **kept.extra)
+        described = _imagej_description(kept, axes, lengths, shape, colour=colour)
         # ImageJ reads ASCII and writes a micrometre so.
         return "".join(letter if letter.isascii() else f"\\u{ord(letter):04X}" for letter in described)
     if kept.flavour == "shaped":
         named = {"axes": f"{axes}{plane}"} if axes and set(axes) - set("QI") else {}
         return json.dumps({"shape": whole, **named, **kept.extra})
+    if set(axes) - set("TZC"):
+        axes, lengths = "Z", (pages,)  # OME has no other name for what is counted
+    whole = (*lengths, *shape, samples) if colour else (*lengths, *shape)
     document = tifffile.OmeXml()
     document.addimage(dtype, whole, (pages, 1, 1, *shape, samples), axes=f"{axes}{plane}", **kept.extra)
     text: str = document.tostring(declaration=True)
     return text
 
 
-def _leading_axes(tiff: tifffile.TiffFile, pages: int) -> tuple[str, tuple[int, ...]]:
-    """The axes before Y and X of the file's only series, if these count through its pages; else none."""
-    series = tiff.series
-    if len(series) == 1 and series[0].axes.endswith("YX"):
-        lengths = tuple(int(length) for length in series[0].shape[:-2])
-        if math.prod(lengths) == pages:
-            return series[0].axes[:-2], lengths
-    return ("Z", (pages,)) if tiff.is_ome else ("Q", (pages,))
+def _imagej_description(
+    kept: StackMetadata, axes: str, lengths: tuple[int, ...], shape: tuple[int, int], *, colour: bool
+) -> str:
+    """ImageJ's words; where the slices are not in its own order of axes, they say in which."""
+    if set(axes) - set(_IMAGEJ_AXES):
+        axes, lengths = "Z", (math.prod(lengths),)
+    steps = dict(zip(axes, lengths))
+    usual = "".join(axis for axis in _IMAGEJ_AXES if axis in steps)
+    extra = dict(kept.extra)
+    if usual != axes:
+        missing = "".join(axis for axis in _IMAGEJ_AXES if axis not in steps)
+        extra["order"] = (missing + axes)[::-1].lower()
+    whole = (*(steps[axis] for axis in usual), *shape, *((3,) if colour else ()))
+    named = f"{usual}YX{'S' if colour else ''}"
+    text: str = tifffile.tifffile.imagej_description(whole, axes=named, rgb=colour, **extra)
+    return text
 
 
-def _imagej_axes(found: dict[str, Any], pages: int) -> tuple[str, tuple[int, ...]]:
-    """ImageJ's axes of more than one step; a plain stack's are slices."""
-    steps = {axis: int(found.get(key, 1)) for axis, key in zip(_IMAGEJ_AXES, ("frames", "slices", "channels"))}
-    axes = "".join(axis for axis in _IMAGEJ_AXES if steps[axis] > 1)
-    lengths = tuple(steps[axis] for axis in axes)
-    return (axes, lengths) if axes and math.prod(lengths) == pages else ("Z", (pages,))
+def _quotient(value: Any) -> float:
+    """A tag's number: a fraction as it should be, or a floating-point number."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return float(numbers[0]) / float(numbers[1] if len(numbers) > 1 else 1)
 
 
-def _ome_sizes(xml: str) -> dict[str, Any]:
+def _stk_sizes(tiff: tifffile.TiffFile) -> dict[str, Any]:
+    """The pixel sizes of a MetaMorph stack, as OME says them."""
+    found = tiff.stk_metadata or {}
+    if str(found.get("CalibrationUnits", "")).strip("\0 ").lower() not in ("um", "\u00b5m", "microns"):
+        return {}
+    sizes: dict[str, Any] = {}
+    for axis in "XY":
+        step = float(found.get(f"{axis}Calibration", 0))
+        if step > 0:
+            sizes.update({f"PhysicalSize{axis}": step, f"PhysicalSize{axis}Unit": "\u00b5m"})
+    return sizes
+
+
+def _ome_sizes(xml: str, drop: Callable[[str, object], None]) -> dict[str, Any]:
     """The pixel sizes of the first image of an OME-XML document."""
     try:
         root = ElementTree.fromstring(xml)
-    except ElementTree.ParseError:
+    except ElementTree.ParseError as error:
+        drop("OME-XML", error)
         return {}
+    sizes: dict[str, Any] = {}
     for element in root.iter():
         if element.tag.rsplit("}", 1)[-1] == "Pixels":
-            return {
-                key: element.attrib[key] if key.endswith("Unit") else float(element.attrib[key])
-                for key in _OME_KEYS
-                if key in element.attrib
-            }
-    return {}
+            for key in _OME_KEYS:
+                value = element.attrib.get(key)
+                if value is None:
+                    continue
+                try:
+                    sizes[key] = value if key.endswith("Unit") else _positive(value)
+                except ValueError:
+                    drop(key, value)
+            break
+    return sizes
+
+
+def _positive(text: object) -> float:
+    value = float(str(text))
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value

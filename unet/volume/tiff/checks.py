@@ -73,14 +73,21 @@ def check_page(path: Path, index: int, page: Any, limits: Limits) -> None:
             f"{where} declares {height} x {width} pixels, more than the {limits.max_pixels_per_page} that are read: "
             "cut the slices into smaller ones"
         )
-    kind = f"{page.bitspersample}-bit" if page.dtype is None else str(np.dtype(page.dtype))
+    if page.dtype is None or page.bitspersample not in (1, 8 * np.dtype(page.dtype).itemsize):
+        raise StackError(f"{where} has packed {page.bitspersample}-bit pixels: convert the stack to 8- or 16-bit grey")
+    kind = str(np.dtype(page.dtype))
     if kind not in limits.dtypes:
         raise StackError(f"{where} has {kind} pixels: convert the stack to {' or '.join(limits.dtypes)}")
     if page.compression not in tifffile.TIFF.DECOMPRESSORS:
-        name = getattr(page.compression, "name", str(page.compression))
-        raise StackError(
-            f"{where} is compressed with {name}: save the stack uncompressed, or `pip install imagecodecs` to read it"
-        )
+        raise unreadable_compression(where, page)
+
+
+def unreadable_compression(where: str, page: Any) -> StackError:
+    """The error of a page whose compression no installed library undoes."""
+    name = getattr(page.compression, "name", str(page.compression))
+    return StackError(
+        f"{where} is compressed with {name}: save the stack uncompressed, or `pip install imagecodecs` to read it"
+    )
 
 
 def declared_pages(tiff: tifffile.TiffFile, path: Path, limits: Limits) -> tuple[int, bool]:
@@ -94,7 +101,7 @@ def declared_pages(tiff: tifffile.TiffFile, path: Path, limits: Limits) -> tuple
     first = tiff.pages.first
     found, declared, alone = len(tiff.pages), 1, False
     if tiff.is_imagej:
-        declared = int((tiff.imagej_metadata or {}).get("images", 1))
+        declared = _number((tiff.imagej_metadata or {}).get("images", 1))
         alone = found == 1 and declared > 1
     elif tiff.is_shaped and tiff.shaped_metadata:
         own = tiff.shaped_metadata[0]
@@ -106,12 +113,20 @@ def declared_pages(tiff: tifffile.TiffFile, path: Path, limits: Limits) -> tuple
     pages = declared if alone else found
     if pages > limits.max_pages:
         raise StackError(f"{path} declares {pages} pages, more than the {limits.max_pages} that are read: split it")
-    if pages < max(1, declared) or _goes_on(tiff, path):
+    if pages < max(1, declared) or goes_on(tiff, path):
         raise damaged(path)
     return pages, alone
 
 
-def _goes_on(tiff: tifffile.TiffFile, path: Path) -> bool:
+def _number(value: Any) -> int:
+    """A number of slices in a description; 1 where it is none."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return 1
+
+
+def goes_on(tiff: tifffile.TiffFile, path: Path) -> bool:
     """Whether the last directory points to another that could not be read, or ends before it says."""
     layout = tiff.tiff
     with path.open("rb") as stream:

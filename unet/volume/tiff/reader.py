@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
 from unet.volume.metadata import read_metadata
-from unet.volume.tiff.checks import DAMAGE, check_page, damaged, declared_pages, open_tiff
+from unet.volume.tiff.checks import DAMAGE, check_page, damaged, open_tiff, unreadable_compression
+from unet.volume.tiff.layout import layout_of
 from unet.volume.volume import Volume
 
 AnyArray = npt.NDArray[Any]
@@ -64,21 +65,23 @@ class StackReader(Volume):
         check_page(self.path, 0, first, limits)
         self.height, self.width = int(first.imagelength), int(first.imagewidth)
         self.dtype: np.dtype[Any] = np.dtype(first.dtype).newbyteorder("=")
-        # Brightness grows with the value except in this format, where ImageJ's "inverting LUT" is the usual source.
-        self._inverted = self.dtype.kind == "u" and getattr(first.photometric, "name", "") == "MINISWHITE"
-        self.pages, alone = declared_pages(self._file, self.path, limits)
-        self._offset: int | None = int(first.dataoffsets[0]) if alone else None
-        size = self._opened.st_size
+        layout = layout_of(self._file, self.path, limits)
+        self.pages, self._directories = layout.pages, layout.directories
+        self._offset: int | None = int(first.dataoffsets[0]) if layout.together else None
+        self._inverted = tuple(
+            self._check_against_first(directory, limits, self._opened.st_size) for directory in self._directories
+        )
         if self._offset is not None:
-            if first.compression != 1 or self._offset + self.pages * self._page_bytes > size:
+            if first.compression != 1 or self._offset + self.pages * self._page_bytes > self._opened.st_size:
                 raise damaged(self.path)
-        else:
-            for index in range(self.pages):
-                self._check_against_first(index, first, limits, size)
-        self.metadata = read_metadata(self._file, self.pages)
+            self._inverted *= self.pages
+        # Of other pixels each slice is looked at whole.
+        self._as_stored = self.dtype.kind in "ui" or (self.dtype.kind == "f" and not limits.finite)
+        self.metadata = read_metadata(self._file, self.path, layout.axes, layout.lengths)
 
-    def _check_against_first(self, index: int, first: Any, limits: Limits, size: int) -> None:
-        page = self._file.pages[index]
+    def _check_against_first(self, index: int, limits: Limits, size: int) -> bool:
+        """Check a directory; whether white is zero in it."""
+        first, page = self._file.pages.first, self._file.pages[index]
         check_page(self.path, index, page, limits)
         if (page.imagelength, page.imagewidth, page.dtype) != (first.imagelength, first.imagewidth, first.dtype):
             raise StackError(
@@ -89,10 +92,12 @@ class StackReader(Volume):
         least = self._page_bytes if page.compression == 1 else 1
         if not ends or max(ends) > size or sum(page.databytecounts) < least:
             raise damaged(self.path)
+        # Brightness grows with the value except in this format, where ImageJ's "inverting LUT" is the usual source.
+        return getattr(page.photometric, "name", "") == "MINISWHITE"
 
     @property
     def _page_bytes(self) -> int:
-        return self.height * self.width * self.dtype.itemsize
+        return self.height * (-(-self.width // 8) if self.dtype.kind == "b" else self.width * self.dtype.itemsize)
 
     def __getitem__(self, index: int) -> AnyArray:
         """Slice ``index``, [height, width], counted from 0.
@@ -104,13 +109,16 @@ class StackReader(Volume):
         self.check_page(index)
         try:
             page = np.ascontiguousarray(self._decode(index), dtype=self.dtype)
+        except ImportError as error:
+            where = f"page {index} of {self.path}"
+            raise unreadable_compression(where, self._file.pages[self._directories[index]]) from error
         except Exception as error:  # each codec fails in its own way
             raise StackError(f"page {index} of {self.path} is damaged ({error}): copy or download it again") from error
         if page.shape != (self.height, self.width):
             raise damaged(self.path)
         if self._limits.finite and page.dtype.kind == "f" and not np.isfinite(page).all():
             raise StackError(f"page {index} of {self.path} has values that are no finite numbers: write it again")
-        return np.iinfo(page.dtype).max - page if self._inverted else page
+        return self._bright(index, page)
 
     def rows(self, index: int, row0: int, row1: int) -> AnyArray:
         """Rows ``row0`` to ``row1`` of slice ``index``.
@@ -131,18 +139,26 @@ class StackReader(Volume):
             return self._decoded[1][row0:row1]
         offset += row0 * self.width * self.dtype.itemsize
         rows = self._read(offset, row1 - row0).astype(self.dtype, copy=False)
-        return np.iinfo(self.dtype).max - rows if self._inverted else rows
+        return self._bright(index, rows)
+
+    def _bright(self, index: int, pixels: AnyArray) -> AnyArray:
+        """Pixels whose values grow with the brightness."""
+        if not self._inverted[index]:
+            return pixels
+        if self.dtype.kind == "b":
+            return ~pixels
+        return np.iinfo(self.dtype).max - pixels if self.dtype.kind == "u" else pixels
 
     def _plain_offset(self, index: int) -> int | None:
         """Where the pixels of a page begin that are uncompressed and in one piece; None of another."""
         if self._offset is not None:
             return self._offset + index * self._page_bytes
-        page = self._file.pages[index]
-        return int(page.dataoffsets[0]) if page.is_memmappable and self.dtype.kind == "u" else None
+        page = self._file.pages[self._directories[index]]
+        return int(page.dataoffsets[0]) if page.is_memmappable and self._as_stored else None
 
     def _decode(self, index: int) -> AnyArray:
         if self._offset is None:
-            decoded: AnyArray = self._file.pages[index].asarray()
+            decoded: AnyArray = self._file.pages[self._directories[index]].asarray()
             return decoded
         return self._read(self._offset + index * self._page_bytes, self.height)
 
