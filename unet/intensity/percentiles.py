@@ -14,7 +14,7 @@ from unet.errors import UnetError
 # The intensities that become 0 and 255.
 Window = tuple[float, float]
 
-DTYPES = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
+DTYPES = ("uint8", "uint16", "int8", "int16", "uint32", "int32", "float32", "float64")
 LOW_PERCENTILE, HIGH_PERCENTILE = 0.1, 99.9
 # Nearly all pixels: those between these two percentiles.
 _BULK = (1.0, 99.0)

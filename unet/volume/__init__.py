@@ -3,7 +3,8 @@
 from unet.volume.labels import MASKS, NOT_ANNOTATED, LabelOptions, add_label_flags, label_options, read_labels
 from unet.volume.limits import IMAGE_LIMITS, LABEL_LIMITS, PROBABILITY_LIMITS, Limits, StackError, page_range
 from unet.volume.metadata import StackMetadata
-from unet.volume.ome_zarr import ZarrCanvas, ZarrStack
+from unet.volume.ngff.canvas import ZarrCanvas
+from unet.volume.ngff.reader import ZarrStack
 from unet.volume.opening import open_volume
 from unet.volume.pairs import load_pair, read_images
 from unet.volume.tiff.canvas import StackCanvas

@@ -21,17 +21,22 @@ class Limits:
         max_pixels_per_page: rows x columns of a slice; 2**30 admits 32k x 32k.
         dtypes: pixel formats.
         finite: refuse floating-point slices with values that are no finite numbers, once they are read.
+        usual: data sets that are meant in a file with several.
     """
 
     max_pages: int = 100_000
     max_pixels_per_page: int = 2**30
     dtypes: tuple[str, ...] = INTENSITY_DTYPES
     finite: bool = False
+    usual: tuple[str, ...] = ("volumes/raw",)
 
 
 IMAGE_LIMITS = Limits()
 PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"), finite=True)
-LABEL_LIMITS = Limits(dtypes=("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"))
+LABEL_LIMITS = Limits(
+    dtypes=("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    usual=("volumes/labels/neuron_ids",),
+)
 
 
 def page_range(text: str, count: int) -> range:

@@ -1,4 +1,4 @@
-"""Any volume that can be read, opened by what it is."""
+"""Any volume that can be read, opened by what it is and not by its name."""
 
 from __future__ import annotations
 
@@ -6,18 +6,90 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unet.volume.limits import IMAGE_LIMITS, Limits
-from unet.volume.ome_zarr import ZarrStack, is_zarr
+from unet.volume.folder import FolderStack, is_pattern, is_picture, place_of
+from unet.volume.hdf5 import Hdf5Stack, is_hdf5
+from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
+from unet.volume.mrc import MrcStack, is_mrc
+from unet.volume.ngff.reader import ZarrStack, is_zarr, zarr_root
 from unet.volume.tiff.reader import StackReader
 
 if TYPE_CHECKING:
     from unet.volume.volume import Volume
 
+_START_BYTES = 212
+_INNER = ":/"
+# N5 keeps a folder's own words in this file.
+_N5_MARK = "attributes.json"
+
 
 def open_volume(path: str | os.PathLike[str], limits: Limits = IMAGE_LIMITS) -> Volume:
-    """Open a TIFF stack or an OME-Zarr volume.
+    """Open a volume of any format that is read.
+
+    Args:
+        path: a TIFF, HDF5 or MRC file, a Zarr folder, a folder or a pattern of files of one slice each; ``:/PLACE``
+            behind it names an array inside an HDF5 file or a Zarr folder.
+        limits: what it may declare.
 
     Raises:
         StackError: if it cannot be read, or declares something unfit.
     """
-    return ZarrStack(path, limits) if is_zarr(Path(path)) else StackReader(path, limits)
+    outer, inner = split_inner(Path(path))
+    if outer.is_dir():
+        if is_zarr(outer):
+            return ZarrStack(outer, limits, inner)
+        if (outer / _N5_MARK).exists():
+            raise StackError(f"{outer} is N5, which is not read: convert it to OME-Zarr")
+        return FolderStack(outer, limits)
+    if is_pattern(outer):
+        return FolderStack(outer, limits)
+    start = _start_of(outer)
+    if is_hdf5(start):
+        return Hdf5Stack(outer, limits, inner)
+    if inner:
+        raise StackError(f"{outer} is neither an HDF5 file nor a Zarr folder: {_INNER}{inner} names no place in it")
+    if is_mrc(start):
+        return MrcStack(outer, limits)
+    return FolderStack(outer, limits) if is_picture(start) else StackReader(outer, limits)
+
+
+def split_inner(path: Path) -> tuple[Path, str]:
+    """A file or folder and the place inside it that ``:/`` names, or ""."""
+    outer, mark, inner = str(path).partition(_INNER)
+    if not mark or path.exists() or not Path(outer).exists():
+        return path, ""
+    return Path(outer), inner.strip("/")
+
+
+def beside(path: Path) -> tuple[Path, str]:
+    """The folder where what is made of a volume is written, never inside it, and the file name that it would have.
+
+    An array inside a file or folder is named by both.
+    """
+    outer, inner = split_inner(path)
+    if is_pattern(outer):
+        outer = place_of(outer)
+        if str(outer) == ".":
+            outer = Path.cwd()
+    root = zarr_root(outer)
+    if root != outer:
+        inner = outer.relative_to(root).as_posix() + (f"/{inner}" if inner else "")
+    place = inner.rsplit("/", 1)[-1]
+    if not place:
+        is_folder = root.is_dir() and not is_zarr(root)
+        return root.parent, f"{root.name}.tif" if is_folder else root.name
+    stem, ending = root.name, ""
+    for known in (".ome.zarr", ".zarr"):
+        if stem.lower().endswith(known):
+            stem, ending = stem[: -len(known)], ".zarr"
+            break
+    else:
+        stem = Path(stem).stem
+    return root.parent, f"{stem}-{place}{ending or '.tif'}"
+
+
+def _start_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_START_BYTES)
+    except OSError:
+        return b""  # the reader of TIFF says what is wrong

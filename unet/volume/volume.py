@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from unet.files import sha256_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -87,3 +89,26 @@ class Volume(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class FileIdentity:
+    """Whether a file is still the one that it was when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._first = self._look()
+
+    def _look(self) -> tuple[int, int, int, int] | None:
+        try:
+            about = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The size in bytes and the SHA-256 in hexadecimal."""
+        return {"bytes": self._path.stat().st_size, "sha256": sha256_of(self._path)}
+
+    def changed(self) -> bool:
+        """Whether it was written to, or another one has its name now; one that was moved away has not changed."""
+        return self._look() not in (self._first, None)

@@ -1,0 +1,1 @@
+"""OME-NGFF, that is OME-Zarr: volumes in and out."""
