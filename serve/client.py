@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import sys
 from dataclasses import asdict
@@ -16,9 +15,10 @@ from serve.segment.segmenter import Segmenter
 from serve.segment.slots import SHARED_MEMORY
 from serve.volume.outputs import KINDS, LABEL_DTYPES
 from serve.volume.run import Filler, Request, Summary, segment_volume
-from unet.errors import command, say
-from unet.intensity import parse_window
-from unet.volume import open_volume
+from serve.volume.sources import expanded
+from unet.errors import command, complain, say
+from unet.intensity import IntensityError, parse_window
+from unet.volume import StackError, open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "volumes",
         nargs="+",
-        help="stacks of 8- or 16-bit grey slices, TIFF or OME-Zarr; patterns like 'day*/*.tif' too",
+        help="stacks of grey slices: TIFF, OME-Zarr, HDF5 (FILE:/PLACE), MRC, a folder of slices, or a quoted pattern "
+        "like 'day*/*.tif'",
     )
     what = parser.add_argument_group("what is written, beside the input as NAME-probability.tif and so on")
     what.add_argument(
@@ -99,18 +100,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(argv)
     if not 0 <= chosen.threshold <= 1:
         raise ClientError(f"--threshold is {chosen.threshold:g}; it must be from 0 to 1")
-    sources = _expanded(chosen.volumes)
+    sources = expanded(chosen.volumes)
     request = _request(chosen)
     _refuse_overwriting(sources, request, dry=chosen.dry_run)
+    if chosen.resume:
+        sources = _left_to_do(sources, request, quiet=chosen.quiet)
+    if not sources:
+        return 0
     urls, options = tuple(chosen.url or (_DEFAULT_URL,)), _options(chosen)
     filler = _filler(chosen, urls, options)
     with Segmenter(urls, **options) as segmenter:
-        for source in sources:
+        _segment_all(segmenter, sources, request, filler, chosen)
+    return 0
+
+
+def _segment_all(
+    segmenter: Segmenter, sources: Sequence[Path], request: Request, filler: Filler | None, chosen: Any
+) -> None:
+    """One volume after the other; one that cannot be read does not stop the others."""
+    failed = 0
+    for source in sources:
+        try:
             if chosen.dry_run:
                 _announce(segmenter, source, request, chosen)
             else:
                 _report(segment_volume(segmenter, source, request, filler), chosen)
-    return 0
+        except (StackError, IntensityError) as error:
+            if len(sources) == 1:
+                raise
+            complain(f"error: {error}")
+            failed += 1
+    if failed:
+        raise ClientError(f"{failed} of {len(sources)} volumes failed, for the reasons above; the others are done")
 
 
 def _request(chosen: Any) -> Request:
@@ -161,20 +182,6 @@ def _filler(chosen: Any, urls: tuple[str, ...], options: dict[str, Any]) -> Fill
     return DaskFiller(chosen.dask, Work(urls, options))
 
 
-def _expanded(volumes: Sequence[str]) -> list[Path]:
-    """The named files, patterns replaced by what they match."""
-    found: list[Path] = []
-    for name in volumes:
-        if Path(name).exists() or not glob.has_magic(name):
-            found.append(Path(name))
-            continue
-        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - absolute patterns too
-        if not matches:
-            raise ClientError(f"nothing matches {name}: check the pattern")
-        found.extend(Path(match) for match in matches)
-    return list(dict.fromkeys(found))
-
-
 def _refuse_overwriting(sources: Sequence[Path], request: Request, *, dry: bool) -> None:
     """Check before any work that nothing is lost: no input, no former result unasked, no result of this very run."""
     taken = {source.resolve(): source for source in sources}
@@ -186,11 +193,31 @@ def _refuse_overwriting(sources: Sequence[Path], request: Request, *, dry: bool)
                     f"what is found in {source} would be written to {path}, over what belongs to {other}: choose "
                     "another --output_dir"
                 )
+        if request.resume and _is_done(source, request):
+            continue
         for path in request.targets(source).values():
             if path.exists() and not (request.overwrite or dry):
                 raise ClientError(
                     f"{path} exists already: add --overwrite to replace it, or choose another --output_dir"
                 )
+
+
+def _is_done(source: Path, request: Request) -> bool:
+    """Whether a former run has written all that is wanted of a volume and left nothing to resume."""
+    if request.partial_folder(source).exists():
+        return False
+    return all(path.exists() for path in request.targets(source).values())
+
+
+def _left_to_do(sources: Sequence[Path], request: Request, *, quiet: bool) -> list[Path]:
+    """The sources that a former run has not finished; the others are named."""
+    left = []
+    for source in sources:
+        if not _is_done(source, request):
+            left.append(source)
+        elif not quiet:
+            complain(f"{source} is done already: {', '.join(map(str, request.targets(source).values()))}")
+    return left
 
 
 def _announce(segmenter: Segmenter, source: Path, request: Request, chosen: Any) -> None:

@@ -112,21 +112,22 @@ def command(main: Main) -> Callable[..., int]:
         try:
             return main(argv)
         except UnetError as error:
-            _complain(f"error: {error}")
+            complain(f"error: {error}")
             return EXIT_USER_ERROR
         except KeyboardInterrupt:
-            _complain("interrupted")
+            complain("interrupted")
             return EXIT_INTERRUPTED
         except OSError as error:
             if error.filename is None and error.errno != errno.ENOSPC:
                 raise
-            _complain(f"error: {_describe(error)}")
+            complain(f"error: {_describe(error)}")
             return EXIT_USER_ERROR
 
     return wrapped
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
+    """Write one line to standard error."""
     sys.stderr.write(f"{text}\n")
 
 
@@ -137,9 +138,14 @@ def _describe(error: OSError) -> str:
     return f"cannot use{name}: {error.strerror}"
 
 
+_warned: set[str] = set()
+
+
 def warn(text: str) -> None:
-    """Tell a user of something that does not stop the command: one line on standard error."""
-    _complain(f"warning: {text}")
+    """Tell a user once of something that does not stop the command: one line on standard error."""
+    if text not in _warned:
+        _warned.add(text)
+        complain(f"warning: {text}")
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from serve.segment.connection import ClientError
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
+from unet.volume.opening import beside
 from unet.volume.overlay import membrane_overlay
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ def target_of(source: Path, kind: str, folder: Path | None) -> Path:
     stem, suffix = stem_of(source)
     # An RGB volume has no agreed place among OME-Zarr's axes.
     extension = ".tif" if kind == "overlay" and suffix == ".zarr" else suffix
-    return (folder or source.parent) / f"{stem}-{kind}{extension}"
+    return (folder or beside(source)[0]) / f"{stem}-{kind}{extension}"
 
 
 def stem_of(source: Path) -> tuple[str, str]:
     """A source's name without its extension, and the extension of what is written of it."""
-    name = source.name
+    name = beside(source)[1]
     for ending, suffix in (
         (".ome.tif", ".ome.tif"),
         (".ome.tiff", ".ome.tif"),
@@ -68,7 +69,7 @@ def stem_of(source: Path) -> tuple[str, str]:
     ):
         if name.lower().endswith(ending):
             return name[: -len(ending)], suffix
-    return source.stem, ".tif"
+    return Path(name).stem, ".tif"
 
 
 class Output:
@@ -115,18 +116,19 @@ class Output:
             self._canvas.write(page, row0, membrane_overlay(image, rows, self._settings.threshold))
 
     def finish_page(self, page: int, store: Store) -> None:
-        """Write what needs a whole slice, whose bands are all in the store.
+        """Write what needs a whole slice, whose bands are all in the store: labels, and a pyramid's smaller levels.
 
         Raises:
             ClientError: if the slice has more segments than the labels' pixels can number.
         """
-        if self.kind != "labels":
-            return
-        if len(self._bands) == 1:
-            mask = self._mask(store, page, self._bands[0])
-            self._canvas.write(page, 0, self._numbered(page, *label(mask)))
-        else:
-            self._label_by_bands(page, store)
+        if self.kind == "labels":
+            if len(self._bands) == 1:
+                mask = self._mask(store, page, self._bands[0])
+                self._canvas.write(page, 0, self._numbered(page, *label(mask)))
+            else:
+                self._label_by_bands(page, store)
+        if isinstance(self._canvas, ZarrCanvas):
+            self._canvas.finish_page(page)
 
     def _mask(self, store: Store, page: int, band: Band) -> npt.NDArray[np.bool_]:
         return np.asarray(store.read(page, band.row0, band.row1).astype(np.float32) > self._settings.threshold)

@@ -22,6 +22,7 @@ from unet import __version__
 from unet.errors import warn
 from unet.intensity import Window, WindowChoice, Windows, find_windows
 from unet.volume import BLOCK_PX, Volume, ZarrCanvas, ZarrStack, open_volume
+from unet.volume.opening import beside
 from unet.volume.overlay import overlay_png, shrink, shrink_factor
 
 if TYPE_CHECKING:
@@ -67,12 +68,12 @@ class Request:
         """What is written of a source, by kind; "picture" is the PNG."""
         found = {kind: target_of(source, kind, self.folder) for kind in self.kinds}
         if self.picture_slice is not None:
-            found["picture"] = (self.folder or source.parent) / f"{stem_of(source)[0]}-overlay.png"
+            found["picture"] = (self.folder or beside(source)[0]) / f"{stem_of(source)[0]}-overlay.png"
         return found
 
     def partial_folder(self, source: Path) -> Path:
         """Where the results so far are kept."""
-        return (self.folder or source.parent) / f"{stem_of(source)[0]}.partial"
+        return (self.folder or beside(source)[0]) / f"{stem_of(source)[0]}.partial"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def segment_volume(segmenter: Segmenter, source: Path, request: Request, fill: F
 
     Args:
         segmenter: the connection.
-        source: a TIFF stack, or an OME-Zarr folder, of uint8 or uint16 slices.
+        source: a volume of any format that ``unet.volume.open_volume`` reads.
         request: what is wanted.
         fill: computes what is missing in the store; by default the segmenter does.
 
@@ -232,7 +233,10 @@ def _store(volume: Volume, partial: Partial, dtype: np.dtype[Any], bands: tuple[
     """Room for the probabilities: a plain file, or for several writers a Zarr volume whose chunks are the bands."""
     if not shared:
         return RawStore(partial.folder / "probability.raw", volume.height, volume.width, dtype)
-    assert isinstance(volume, ZarrStack)
+    if not isinstance(volume, ZarrStack):
+        raise ClientError(
+            f"{volume.path} is not a Zarr volume, which a Dask cluster needs: convert it, or leave --dask"
+        )
     path = partial.folder / "probability.store"
     return ZarrCanvas(path, volume, dtype, chunk_rows=bands[0].row1 - bands[0].row0, keep=True)
 

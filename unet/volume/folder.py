@@ -33,6 +33,11 @@ def is_picture(start: bytes) -> bool:
     return start.startswith(_PICTURES)
 
 
+def is_tiff(start: bytes) -> bool:
+    """Whether a file that begins so is a TIFF."""
+    return start.startswith(_TIFFS)
+
+
 def is_pattern(path: Path) -> bool:
     """Whether a path is a pattern of names and no file's own name."""
     return glob.has_magic(str(path)) and not path.exists()
@@ -78,7 +83,7 @@ class FolderStack(Volume):
     def _metadata(self) -> StackMetadata:
         """The pixel size of the first file, where it is a TIFF that says it."""
         sizes: dict[str, Any] = {}
-        if _start_of(self._files[0]).startswith(_TIFFS):
+        if is_tiff(_start_of(self._files[0])):
             with StackReader(self._files[0], self._limits) as first:
                 for axis, step in zip("ZYX", first.metadata.pixel_size_nm):
                     if step is not None:
@@ -99,7 +104,7 @@ class FolderStack(Volume):
         return self._decoded[1][row0:row1]
 
     def _decode(self, file: Path) -> npt.NDArray[Any]:
-        if _start_of(file).startswith(_TIFFS):
+        if is_tiff(_start_of(file)):
             with StackReader(file, self._limits) as reader:
                 pixels = reader[0]
         else:
@@ -183,7 +188,7 @@ def _say_gaps(path: Path, files: list[Path]) -> None:
 
 def _look_at(file: Path, limits: Limits) -> tuple[int, int, np.dtype[Any]]:
     """Height, width and pixel format of a file of one slice."""
-    if _start_of(file).startswith(_TIFFS):
+    if is_tiff(_start_of(file)):
         with StackReader(file, limits) as reader:
             if reader.pages != 1:
                 raise StackError(f"{file} has {reader.pages} slices, where each file has one: name it alone")

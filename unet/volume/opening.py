@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unet.volume.folder import FolderStack, is_pattern, is_picture, place_of
+import tifffile
+
+from unet.volume.folder import FolderStack, is_pattern, is_picture, is_tiff, place_of
 from unet.volume.hdf5 import Hdf5Stack, is_hdf5
 from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
 from unet.volume.mrc import MrcStack, is_mrc
-from unet.volume.ngff.reader import ZarrStack, is_zarr, zarr_root
+from unet.volume.ngff.reader import ZarrStack, is_zarr, load_zarr, zarr_root
+from unet.volume.overlay import SOFTWARE
 from unet.volume.tiff.reader import StackReader
 
 if TYPE_CHECKING:
@@ -93,3 +96,44 @@ def _start_of(path: Path) -> bytes:
             return stream.read(_START_BYTES)
     except OSError:
         return b""  # the reader of TIFF says what is wrong
+
+
+def is_volume(path: Path) -> bool:
+    """Whether what a pattern matches looks like a volume; hidden files and unfinished results do not."""
+    if path.name.startswith("."):
+        return False
+    if path.is_dir():
+        return is_zarr(path)
+    start = _start_of(path)
+    return is_hdf5(start) or is_mrc(start) or is_picture(start) or is_tiff(start)
+
+
+def holds_slices(path: Path) -> bool:
+    """Whether a file holds one slice, so that it is one of a stack's."""
+    start = _start_of(path)
+    if not is_tiff(start):
+        return is_picture(start)
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return len(tiff.pages) == 1 and len(tiff.series) == 1 and len(tiff.series[0].shape) == 2
+    except Exception:  # its reader will say what is wrong
+        return False
+
+
+def made_here(path: Path) -> bool:
+    """Whether this program wrote a file or Zarr folder."""
+    try:
+        if is_zarr(path):
+            return "made_by" in dict(load_zarr().open(str(path), mode="r").attrs.get("unet", {}))
+        start = _start_of(path)
+        if is_tiff(start):
+            with tifffile.TiffFile(path) as tiff:
+                return str(tiff.pages.first.software).startswith(SOFTWARE)
+        if is_picture(start):
+            from PIL import Image
+
+            with Image.open(path) as picture:
+                return str(picture.info.get("Software", "")).startswith(SOFTWARE)
+    except Exception:  # its reader will say what is wrong
+        return False
+    return False

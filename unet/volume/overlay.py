@@ -15,6 +15,8 @@ MEMBRANE_COLOUR = (255, 64, 32)
 OPACITY = 0.75
 GAP_PX = 8
 MAX_SIDE_PX = 2048
+# What this program's name in its files begins with.
+SOFTWARE = "unet-medical-triton"
 
 
 def membrane_overlay(
@@ -47,7 +49,7 @@ def overlay_png(
     Raises:
         UnetError: if the probability is not of the slice's shape.
     """
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 
     if image.ndim != 2 or image.shape != probability.shape:
         raise UnetError(f"{path} cannot show a probability of {probability.shape} over a slice of {image.shape}")
@@ -55,8 +57,10 @@ def overlay_png(
     raw = np.repeat(image[..., np.newaxis], 3, axis=-1)
     gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
     both = np.concatenate([raw, gap, membrane_overlay(image, probability, threshold)], axis=1)
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Software", SOFTWARE)
     with atomic_file(path) as aside:
-        Image.fromarray(both).save(aside, format="PNG", compress_level=1)
+        Image.fromarray(both).save(aside, format="PNG", compress_level=1, pnginfo=about)
 
 
 def shrink_factor(height: int, width: int) -> int:

@@ -38,9 +38,9 @@ def cluster() -> Iterator[str]:
 
 
 def volume(path: Path) -> Path:
-    group = zarr.open_group(str(path), mode="w")
+    group = zarr.open_group(str(path), mode="w", zarr_format=2)
     images = RNG.integers(0, 4000, (4, 300, 170)).astype(np.uint16)
-    group.create_dataset("0", data=images, chunks=(2, 128, 128), dimension_separator="/")
+    group.create_array("0", data=images, chunks=(2, 128, 128), chunk_key_encoding={"name": "v2", "separator": "/"})
     axes = [{"name": name, "type": "space", "unit": "nanometer"} for name in "zyx"]
     transforms = [{"type": "scale", "scale": [50.0, 4.0, 4.0]}]
     datasets = [{"path": "0", "coordinateTransformations": transforms}]

@@ -27,8 +27,8 @@ def tiff(path: Path, images: np.ndarray[Any, Any]) -> Path:
 
 
 def ome_zarr(path: Path, images: np.ndarray[Any, Any]) -> Path:
-    group = zarr.open_group(str(path), mode="w")
-    group.create_dataset("0", data=images, chunks=(1, 64, 64), dimension_separator="/")
+    group = zarr.open_group(str(path), mode="w", zarr_format=2)
+    group.create_array("0", data=images, chunks=(1, 64, 64), chunk_key_encoding={"name": "v2", "separator": "/"})
     group.attrs["multiscales"] = [
         {"version": "0.4", "axes": [{"name": name} for name in "zyx"], "datasets": [{"path": "0"}]}
     ]

@@ -65,7 +65,7 @@ class ZarrStack(ArrayVolume):
         self._store = folder / inner / array.path
         axes = _axis_names(shown, self.multiscale["axes"])
         super().__init__(shown, array, axes, limits, array.chunks)
-        self.metadata = self.described(_sizes(shown, self.multiscale))
+        self.metadata = self.described(_sizes(self.multiscale))
         self._first_look: str | None = None
 
     def fingerprint(self) -> dict[str, Any]:
@@ -125,7 +125,23 @@ def _multiscale(found: Any) -> tuple[dict[str, Any], Any]:
     array = found[str(multiscale["datasets"][0]["path"])]
     axes = multiscale.get("axes") or "tczyx"[-len(array.shape) :]  # the first versions had these five alone
     multiscale["axes"] = [{"name": axis} if isinstance(axis, str) else dict(axis) for axis in axes]
+    first = dict(multiscale["datasets"][0])
+    first["coordinateTransformations"] = _fitting(first.get("coordinateTransformations"), len(array.shape))
+    multiscale["datasets"] = [first]
     return multiscale, array
+
+
+def _fitting(transformations: Any, count: int) -> list[dict[str, Any]]:
+    """The scale and the translation that have a positive or any number for each of so many axes."""
+    kept = []
+    for one in transformations if isinstance(transformations, list) else ():
+        kind = one.get("type") if isinstance(one, dict) else None
+        steps = one.get(kind) if kind in ("scale", "translation") else None
+        if not isinstance(steps, list) or len(steps) != count:
+            continue
+        if all(isinstance(step, (int, float)) and (kind == "translation" or step > 0) for step in steps):
+            kept.append(one)
+    return kept
 
 
 def _axis_names(path: Path, axes: list[dict[str, Any]]) -> list[str]:
@@ -139,19 +155,15 @@ def _axis_names(path: Path, axes: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _sizes(path: Path, multiscale: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(multiscale: Mapping[str, Any]) -> dict[str, Any]:
     """The pixel sizes, as OME's XML names them."""
     sizes: dict[str, Any] = {}
-    try:
-        scales = multiscale["datasets"][0].get("coordinateTransformations", ())
-        scale = next((one["scale"] for one in scales if one["type"] == "scale"), ())
-        for axis, step in zip(multiscale["axes"], scale):
-            if axis["name"].lower() in ("x", "y", "z") and axis.get("unit"):
-                key = f"PhysicalSize{axis['name'].upper()}"
-                sizes[key], sizes[f"{key}Unit"] = float(step), UNITS.get(axis["unit"], axis["unit"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        warn(f"the pixel size of {path} cannot be understood ({error}): it is left out")
-        sizes = {}
+    scales = multiscale["datasets"][0].get("coordinateTransformations", ())
+    scale = next((one["scale"] for one in scales if one["type"] == "scale"), ())
+    for axis, step in zip(multiscale["axes"], scale):
+        if axis["name"].lower() in ("x", "y", "z") and axis.get("unit"):
+            key = f"PhysicalSize{axis['name'].upper()}"
+            sizes[key], sizes[f"{key}Unit"] = float(step), UNITS.get(axis["unit"], axis["unit"])
     return sizes
 
 

@@ -30,7 +30,7 @@ class Layout:
         together: all slices lie behind each other from the first directory's pixels on.
         pages: number of slices.
         axes: letters of the axes that the slices count through, slowest first.
-        lengths: steps of each; their product is ``pages``.
+        lengths: steps of each; their product is ``pages``. A slice that is no stack has neither.
     """
 
     directories: tuple[int, ...]
@@ -89,7 +89,7 @@ def _of_series(path: Path, tiff: tifffile.TiffFile, series: Any, limits: Limits)
     declared = math.prod(length for _, length in leading)
     if declared > limits.max_pages:
         raise StackError(f"{path} declares {declared} pages, more than the {limits.max_pages} that are read: split it")
-    counted = [(axis, length) for axis, length in leading if length > 1] or [("Z", 1)]
+    counted = [(axis, length) for axis, length in leading if length > 1]
     letters, lengths = "".join(axis for axis, _ in counted), tuple(length for _, length in counted)
     if series.kind == "stk":
         return Layout((0,), True, declared, letters, lengths)
@@ -134,8 +134,9 @@ def _imagej_axes(tiff: tifffile.TiffFile, pages: int) -> tuple[str, tuple[int, .
 def _shaped_axes(tiff: tifffile.TiffFile, pages: int) -> tuple[str, tuple[int, ...]]:
     """The axes in tifffile's own description."""
     own: dict[str, Any] = dict(tiff.shaped_metadata[0]) if tiff.shaped_metadata else {}
-    lengths = tuple(int(length) for length in own.get("shape", ())[:-2])
-    if not lengths or math.prod(lengths) != pages:
+    shape = own.get("shape", ())
+    lengths = tuple(int(length) for length in shape[:-2])
+    if len(shape) < 2 or math.prod(lengths) != pages:
         return "Q", (pages,)
     axes = str(own.get("axes", ""))[:-2]
     return (axes if len(axes) == len(lengths) else "Q" * len(lengths)), lengths
