@@ -16,9 +16,9 @@ from serve.segment.slots import SHARED_MEMORY
 from serve.volume.outputs import KINDS, LABEL_DTYPES
 from serve.volume.run import Filler, Request, Summary, segment_volume
 from serve.volume.sources import expanded
-from unet.errors import command, complain, say
-from unet.intensity import IntensityError, parse_window
-from unet.volume import StackError, open_volume
+from unet.errors import UnetError, command, complain, say
+from unet.intensity import parse_window
+from unet.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,8 +125,9 @@ def _segment_all(
                 _announce(segmenter, source, request, chosen)
             else:
                 _report(segment_volume(segmenter, source, request, filler), chosen)
-        except (StackError, IntensityError) as error:
-            if len(sources) == 1:
+        except UnetError as error:
+            # What the server says, it would say of the next one too.
+            if isinstance(error, ClientError) or len(sources) == 1:
                 raise
             complain(f"error: {error}")
             failed += 1
