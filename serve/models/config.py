@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from unet.card import CARD_FILE, Card, CardError
+from unet.config import setting
+from unet.engine.cpu import EngineChoice
+from unet.engine.memory import bytes_per_pixel, largest_tile, total_memory
 from unet.errors import UnetError
 from unet.files import sha256_of
-from unet.geometry import output_size
+from unet.geometry import is_valid_size, output_size
 from unet.machine import numa_nodes
 from unet.names import INPUT, OUTPUT, PLAN_FILE
 
@@ -60,6 +63,8 @@ class ModelSettings:
         name: the model's name.
         profile: "cpu", "v100" or "gpu": the machine that serves.
         max_batch_size: most tiles in one pass of the engine.
+        max_tile_size: largest side of a tile that the server takes, in pixels, 188 + 16k. 0 takes the largest of which
+            a pass fits half of the memory of the machine that publishes. On a GPU the plan decides.
         max_queue_delay_us: how long a request waits for others to share its pass, in microseconds; None takes the
             profile's.
         preferred_batch_sizes: sizes of a pass that are worth waiting for; only where the plan is faster at them.
@@ -75,17 +80,18 @@ class ModelSettings:
         response_cache: whether answers are kept for requests that come again; the server must be given room for them.
     """
 
-    name: str = "unet"
-    profile: str = "cpu"
-    max_batch_size: int = 16
-    max_queue_delay_us: int | None = None
-    preferred_batch_sizes: tuple[int, ...] = ()
-    max_queue_size: int = 0
-    default_timeout_us: int = 0
-    priority_levels: int = 0
-    instances: int = 0
-    threads: int = 0
-    response_cache: bool = False
+    name: str = setting("unet", "the model's name", flag="model_name")
+    profile: str = setting("cpu", "machine that serves", choices=tuple(PROFILES))
+    max_batch_size: int = setting(16, "most tiles in one pass")
+    max_tile_size: int = setting(0, "largest side of a tile, 188 + 16k; 0: by the memory of this machine")
+    max_queue_delay_us: int | None = setting(None, "wait for others to share a pass; None: the profile's", kind=int)
+    preferred_batch_sizes: tuple[int, ...] = setting((), "of a pass that are worth the wait", kind=int)
+    max_queue_size: int = setting(0, "requests that may wait; 0: any")
+    default_timeout_us: int = setting(0, "longest wait in the queue; 0: any")
+    priority_levels: int = setting(0, "1 goes first; 0: none does")
+    instances: int = setting(0, "copies of the network; 0: by the machine")
+    threads: int = setting(0, "threads of each copy; 0 shares out the cores")
+    response_cache: bool = setting(False, "keep answers; see --response_cache_mib of serve/triton.py")
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -101,6 +107,8 @@ class ModelSettings:
                 raise RepositoryError(
                     f"preferred_batch_sizes has {size}; they go from 1 to the max_batch_size, {self.max_batch_size}"
                 )
+        if self.max_tile_size and not is_valid_size(self.max_tile_size):
+            raise RepositoryError(f"max_tile_size is {self.max_tile_size}; it must be 188 + 16k, or 0")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             raise RepositoryError(f"the model name {self.name!r} must consist of letters, digits, -, _ and .")
 
@@ -196,6 +204,7 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
     _add_warmups(config, card, settings)
     parameters = {
         "tile_sizes": ",".join(str(size) for size in card.tile_sizes),
+        "max_tile_size": str(_max_tile_size(card, settings)),
         "profile": settings.profile,
         "card_sha256": sha256_of(card.folder / CARD_FILE),
     }
@@ -206,6 +215,20 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     return config
+
+
+def _max_tile_size(card: Card, settings: ModelSettings) -> int:
+    largest = max(card.tile_sizes)
+    if settings.machine.on_gpu:
+        return largest
+    if settings.max_tile_size and settings.max_tile_size < largest:
+        raise RepositoryError(
+            f"max_tile_size is {settings.max_tile_size}, and the artefacts are for tiles of up to {largest}: raise it, "
+            "or export with other --tile_sizes"
+        )
+    pixel_bytes = bytes_per_pixel(EngineChoice(card.engine.kind, card.engine.precision), card.model.get("base_filters"))
+    # What was exported and measured is taken in any case.
+    return settings.max_tile_size or max(largest, largest_tile(total_memory() // settings.instance_count, pixel_bytes))
 
 
 def _set_batching(batching: Any, settings: ModelSettings) -> None:

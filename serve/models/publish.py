@@ -32,7 +32,8 @@ LOGGER = logging.getLogger(__name__)
 BACKEND_CODE = Path(__file__).resolve().parent / "python_backend" / BACKEND_CODE_FILE
 # What that imports of the project; a version carries it, so that it needs no project where it is served.
 BACKEND_MODULES = (
-    *("__init__", "card", "engine/__init__", "engine/cpu", "errors", "files", "geometry", "machine", "names"),
+    *("__init__", "card", "engine/__init__", "engine/cpu", "engine/memory"),
+    *("errors", "files", "geometry", "machine", "names"),
 )
 KEEP = 5
 

@@ -17,6 +17,7 @@ sys.dont_write_bytecode = True
 
 from unet.card import Card  # noqa: E402
 from unet.engine.cpu import load_engine  # noqa: E402
+from unet.engine.memory import TileLimit, bytes_per_pixel  # noqa: E402
 from unet.errors import UnetError  # noqa: E402
 from unet.machine import usable_cores  # noqa: E402
 from unet.names import INPUT, OUTPUT  # noqa: E402
@@ -29,8 +30,15 @@ class TritonPythonModel:
         """Check the version's files against their card and load the engine that the card names."""
         folder = Path(args["model_repository"]) / args["model_version"]
         card = Card.load(folder)
-        threads = _threads(json.loads(args["model_config"]))
+        config = json.loads(args["model_config"])
+        threads = _threads(config)
         self._engine = load_engine(card, threads)
+        self._limit = TileLimit(
+            # A version that is served on beside a newer one has the newer one's configuration.
+            side=int(config["parameters"].get("max_tile_size", {}).get("string_value", max(card.tile_sizes))),
+            usual_side=max(card.tile_sizes),
+            pixel_bytes=bytes_per_pixel(self._engine.choice, card.model.get("base_filters")),
+        )
         pb_utils.Logger.log_info(
             f"{args['model_name']} version {args['model_version']}: {self._engine.choice}, {threads} threads"
         )
@@ -45,7 +53,7 @@ class TritonPythonModel:
         for members in sizes.values():
             try:
                 batch = images[members[0]] if len(members) == 1 else np.concatenate([images[i] for i in members])
-                output = self._engine.infer(batch)
+                output = self._infer(batch)
             except (UnetError, MemoryError, RuntimeError) as error:
                 ours = not isinstance(error, UnetError)
                 code = pb_utils.TritonError.INTERNAL if ours else pb_utils.TritonError.INVALID_ARG
@@ -59,6 +67,12 @@ class TritonPythonModel:
                 first += len(part)
                 responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor(OUTPUT, part)])
         return responses
+
+    def _infer(self, batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The engine's answer, in as many passes as keep its memory within the limit."""
+        at_once = self._limit.images_at_once(batch.shape[2], batch.shape[3])
+        parts = [self._engine.infer(batch[first : first + at_once]) for first in range(0, len(batch), at_once)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _threads(config: dict[str, Any]) -> int:

@@ -44,7 +44,9 @@ def test_a_version_holds_what_serving_takes_and_nothing_else(tiny_artefacts: Pat
 def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Path, tmp_path: Path) -> None:
     from tritonclient.grpc import model_config_pb2 as pb
 
-    publish(tiny_artefacts, tmp_path, ModelSettings(max_queue_delay_us=250, max_queue_size=7, threads=3))
+    publish(
+        tiny_artefacts, tmp_path, ModelSettings(max_queue_delay_us=250, max_queue_size=7, threads=3, max_tile_size=1004)
+    )
     config = read_config(tmp_path)
     assert (config.name, config.backend, config.max_batch_size) == ("unet", "python", 16)
     assert [(port.name, port.data_type, list(port.dims)) for port in (*config.input, *config.output)] == [
@@ -59,6 +61,7 @@ def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Pat
     assert config.version_policy.latest.num_versions == 1
     assert {name: value.string_value for name, value in config.parameters.items()} == {
         "tile_sizes": "204,252",
+        "max_tile_size": "1004",
         "profile": "cpu",
         "engine": "onnxruntime f32",
         "threads": "3",
@@ -157,6 +160,7 @@ def test_a_tile_size_that_the_network_cannot_take_is_refused(tiny_artefacts: Pat
         ("default_timeout_us", 2**31),
         ("instances", -1),
         ("threads", -1),
+        ("max_tile_size", 1000),
         ("name", ""),
         ("name", "../unet"),
         ("name", ".unet"),

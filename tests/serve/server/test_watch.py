@@ -20,7 +20,7 @@ from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings, WatchSettings
 from serve.server.state import load_state
 from serve.server.watch import Watcher
-from serve.triton import main
+from serve.triton import main, status
 from unet.processes import free_ports
 
 CANARY_TIMEOUT_S = 60.0
@@ -99,6 +99,8 @@ def test_a_model_that_gives_no_answer_is_loaded_anew(
     state = load_state(settings.state_dir)
     assert state is not None
     assert state.is_ready
+    assert status(settings.state_dir, timeout_s=1) == 1
+    assert capsys.readouterr().out.startswith(f"not answering: process {state.server_pid} serves unet, ")
     # It never saw the process alive.
     watcher = Watcher(settings.state_dir, WatchSettings(timeout_s=1, failures=2))
     watcher.look()
