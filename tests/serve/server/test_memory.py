@@ -62,30 +62,33 @@ def hungry_artefacts(folder: Path) -> Path:
     return folder
 
 
+def limited_group(parent: Path) -> Path | None:
+    """A new control group with a gigabyte of memory below another one, if it may be made."""
+    folder = parent / f"unet-test-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir()
+        for limit in ("memory.max", "memory.limit_in_bytes"):
+            if (folder / limit).exists():
+                (folder / limit).write_text(str(LIMIT_BYTES))
+                return folder
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return None
+
+
 @pytest.fixture
 def small_container() -> Iterator[Path]:
-    """A control group with a gigabyte of memory."""
     parents = [CGROUP, CGROUP / "memory"]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
-                parents.append(CGROUP / controllers / path.lstrip("/"))
-    for parent in reversed(parents):
-        folder = parent / f"unet-test-{os.getpid()}"
-        for limit in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError):
-                folder.mkdir(exist_ok=True)
-                if (folder / limit).exists():
-                    (folder / limit).write_text(str(LIMIT_BYTES))
-                    yield folder
-                    members = folder / "cgroup.procs"
-                    until(lambda: not members.read_text())
-                    folder.rmdir()
-                    return
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-    pytest.skip("no control group can be made here")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            parents.insert(0, CGROUP / controllers / path.lstrip("/"))
+    group = next((found for parent in parents if (found := limited_group(parent)) is not None), None)
+    if group is None:
+        pytest.skip("no control group can be made here")
+    yield group
+    until(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
 
 
 def test_a_tile_that_the_memory_has_no_room_for_is_refused(
