@@ -22,7 +22,7 @@ from serve.measure.page.report import (
 from unet.card import CARD_FILE
 from unet.errors import command, say
 from unet.scores import score_stack
-from unet.volume import PROBABILITY_LIMITS, StackReader, add_label_flags, label_options, read_labels
+from unet.volume import PROBABILITY_LIMITS, add_label_flags, label_options, open_volume, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.labels is not None:
         shown = [one["page"] for one in slices]
         labels = read_labels(chosen.labels, label_options(chosen))
-        with StackReader(chosen.probability, PROBABILITY_LIMITS) as reader:
+        with open_volume(chosen.probability, PROBABILITY_LIMITS) as reader:
             if len(labels) != len(reader):
                 raise ReportError(f"{chosen.labels} has {len(labels)} slices, {chosen.probability} {len(reader)}")
             proposal = np.stack([reader[page] for page in shown])

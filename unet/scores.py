@@ -22,9 +22,9 @@ from unet.errors import UnetError, command, say
 from unet.volume import (
     NOT_ANNOTATED,
     PROBABILITY_LIMITS,
-    StackReader,
     add_label_flags,
     label_options,
+    open_volume,
     page_range,
     read_labels,
 )
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     chosen = parser.parse_args(argv)
     labels = read_labels(chosen.labels, label_options(chosen))
-    with StackReader(chosen.probability, PROBABILITY_LIMITS) as reader:
+    with open_volume(chosen.probability, PROBABILITY_LIMITS) as reader:
         scale = 1.0 if reader.dtype.kind == "f" else float(np.iinfo(reader.dtype).max)
         probability = np.stack([page / np.float32(scale) for page in reader])
     if probability.shape != labels.shape:

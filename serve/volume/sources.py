@@ -32,7 +32,7 @@ def expanded(names: Sequence[str]) -> list[Path]:
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too
         if not matches:
             raise ClientError(f"nothing matches {name}: check the pattern")
-        volumes = [path for path in matches if is_volume(path) and not made_here(path)]
+        volumes = [path for path in matches if not _unfinished(path) and is_volume(path) and not made_here(path)]
         if not volumes:
             raise ClientError(f"nothing that {name} matches is a volume that can be read: check the pattern")
         if len(volumes) > 1 and holds_slices(volumes[0]):
@@ -43,3 +43,8 @@ def expanded(names: Sequence[str]) -> list[Path]:
             warn(f"{len(left)} matches of {name} are no inputs ({', '.join(left[:_NAMED])}{more}): left out")
         found.extend(volumes)
     return list(dict.fromkeys(found))
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether a path lies in what an interrupted run has left."""
+    return any(part.endswith(".partial") for part in path.parts)

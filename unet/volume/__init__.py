@@ -6,7 +6,7 @@ from unet.volume.metadata import StackMetadata
 from unet.volume.ngff.canvas import ZarrCanvas
 from unet.volume.ngff.reader import ZarrStack
 from unet.volume.opening import open_volume
-from unet.volume.pairs import load_pair, read_images
+from unet.volume.pairs import labels_of, load_pair, read_images, stacks_in
 from unet.volume.tiff.canvas import StackCanvas
 from unet.volume.tiff.reader import StackReader
 from unet.volume.tiff.writer import StackWriter
@@ -31,9 +31,11 @@ __all__ = [
     "ZarrStack",
     "add_label_flags",
     "label_options",
+    "labels_of",
     "load_pair",
     "open_volume",
     "page_range",
     "read_images",
     "read_labels",
+    "stacks_in",
 ]

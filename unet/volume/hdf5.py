@@ -10,7 +10,7 @@ import numpy as np
 
 from unet.errors import warn
 from unet.volume.arrays import ArrayVolume
-from unet.volume.limits import IMAGE_LIMITS, StackError
+from unet.volume.limits import IMAGE_LIMITS, LABEL_LIMITS, StackError
 from unet.volume.volume import FileIdentity
 
 if TYPE_CHECKING:
@@ -25,6 +25,18 @@ _MOST_CHANNELS = 4
 def is_hdf5(start: bytes) -> bool:
     """Whether a file that begins so is HDF5."""
     return start.startswith(_MAGIC)
+
+
+def has_pair(path: Path) -> bool:
+    """Whether a file is HDF5 with images and labels where CREMI keeps them."""
+    try:
+        with path.open("rb") as stream:
+            if not is_hdf5(stream.read(len(_MAGIC))):
+                return False
+        with _load_h5py().File(path, "r", locking=False) as file:
+            return all(limits.usual[0] in file for limits in (IMAGE_LIMITS, LABEL_LIMITS))
+    except OSError:
+        return False
 
 
 class Hdf5Stack(ArrayVolume):

@@ -16,7 +16,7 @@ from serve.measure.rows import lone_rows
 from unet.errors import UnetError
 from unet.files import atomic_file
 from unet.intensity import find_windows
-from unet.volume import PROBABILITY_LIMITS, StackReader, open_volume, page_range
+from unet.volume import PROBABILITY_LIMITS, open_volume, page_range
 from unet.volume.overlay import membrane_overlay, shrink, shrink_factor
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def slices_of(
         StackError: if either cannot be read.
         ReportError: if they do not fit each other.
     """
-    with open_volume(Path(images)) as volume, StackReader(probabilities, PROBABILITY_LIMITS) as found:
+    with open_volume(Path(images)) as volume, open_volume(probabilities, PROBABILITY_LIMITS) as found:
         if (len(volume), volume.height, volume.width) != (len(found), found.height, found.width):
             raise ReportError(f"{probabilities} is not of {images}: segment it again")
         windows = find_windows(volume)

@@ -16,7 +16,18 @@ import tifffile
 from PIL import Image
 
 from unet.intensity import find_windows
-from unet.volume import LabelOptions, StackError, Volume, ZarrCanvas, ZarrStack, load_pair, open_volume, read_labels
+from unet.volume import (
+    LabelOptions,
+    StackError,
+    Volume,
+    ZarrCanvas,
+    ZarrStack,
+    labels_of,
+    load_pair,
+    open_volume,
+    read_labels,
+    stacks_in,
+)
 from unet.volume.opening import beside
 
 h5py = pytest.importorskip("h5py")
@@ -436,3 +447,21 @@ def test_memory_is_that_of_slices(name: str, tmp_path: Path) -> None:
         tracemalloc.stop()
     # What a slice takes beside its pixels: a directory, a chunk's key, a name.
     assert peaks[1] < peaks[0] + 30 * 100 * 100
+
+
+def test_stacks_and_their_labels_are_found_in_every_format(tmp_path: Path) -> None:
+    (tmp_path / "h").mkdir()
+    cremi(tmp_path / "h", STACK).rename(tmp_path / "c.hdf")
+    for name in ("a", "b"):
+        tiff(tmp_path, STACK).rename(tmp_path / f"{name}-volume.tif")
+    tiff(tmp_path, STACK).rename(tmp_path / "a-labels.tif")
+    ngff_05_sharded(tmp_path, STACK).rename(tmp_path / "b-labels.zarr")
+    pictures(tmp_path, STACK).rename(tmp_path / "d-volume")
+    for name in ("._a-volume.tif", "a-volume.tif.aux.xml", "e-volume.txt"):
+        (tmp_path / name).write_bytes(b"\0")
+    tiff(tmp_path, STACK).rename(tmp_path / "a-volume-probability.tif")
+    found = stacks_in(tmp_path)
+    assert [path.name for path in found] == ["a-volume.tif", "b-volume.tif", "c.hdf", "d-volume"]
+    labels = [labels_of(path) for path in found]
+    assert labels == [tmp_path / "a-labels.tif", tmp_path / "b-labels.zarr", tmp_path / "c.hdf", None]
+    assert stacks_in(tmp_path / "nowhere") == []
