@@ -16,7 +16,7 @@ from unet.files import atomic_file
 from unet.geometry import TilePlan, cheapest_tile_size, plan_tiles, predict_tiled
 from unet.intensity import find_windows
 from unet.scores import StackScores, score_stack
-from unet.volume import MASKS, LabelOptions, StackReader, read_labels
+from unet.volume import MASKS, LabelOptions, labels_of, open_volume, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -186,11 +186,11 @@ def gather_scored(
         stack = None if data_dir is None else data_dir / name
         if stack is None or not pages or not stack.exists():
             continue
-        labels_path = stack.with_name(stack.name.replace("-volume.", "-labels."))
-        if not labels_path.exists():
+        labels_path = labels_of(stack)
+        if labels_path is None:
             continue
         labels = read_labels(labels_path, label_options)
-        with StackReader(stack) as reader:
+        with open_volume(stack) as reader:
             chosen = [page for page in pages if page < min(len(reader), len(labels))][:MOST_SLICES]
             # A slice that is all membrane has no cells to score.
             chosen = [page for page in chosen if (labels[page] == 1).any()]

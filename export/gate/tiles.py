@@ -11,7 +11,7 @@ import numpy as np
 from unet.errors import UnetError
 from unet.geometry import plan_tiles
 from unet.intensity import find_windows
-from unet.volume import StackReader
+from unet.volume import open_volume, stacks_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -91,7 +91,7 @@ def training_tiles(
         stack = None if data_dir is None else data_dir / name
         if stack is None or not stack.exists():
             continue
-        with StackReader(stack) as reader:
+        with open_volume(stack) as reader:
             windows = find_windows(reader, window)
             seen = [page for page in range(len(reader)) if page not in set(pages)]
             cut = [_cut(windows.apply(page, reader[page]), tile_size, number) for number, page in enumerate(seen)]
@@ -102,10 +102,10 @@ def training_tiles(
 def _read_slices(
     data_dir: Path, held_out: Mapping[str, Sequence[int]], window: WindowChoice
 ) -> tuple[list[NDArray[np.uint8]], str]:
-    stacks = sorted(data_dir.glob("*-volume.tif"), key=lambda path: (path.name not in held_out, path.name))
+    stacks = sorted(stacks_in(data_dir), key=lambda path: (path.name not in held_out, path.name))
     if not stacks:
-        raise TilesError(f"{data_dir} has no *-volume.tif to measure on: name the folder that training read")
-    with StackReader(stacks[0]) as reader:
+        raise TilesError(f"{data_dir} has no *-volume.tif to measure on, in any format: name the folder of training")
+    with open_volume(stacks[0]) as reader:
         pages = [page for page in held_out.get(stacks[0].name, ()) if page < len(reader)]
         kind = "held-out pages" if pages else "pages"
         pages = _spread(pages or list(range(len(reader))))
