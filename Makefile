@@ -155,7 +155,7 @@ docs: install  ## the documentation as a site, in site/
 
 .PHONY: constraints
 constraints: install  ## resolve constraints.txt and constraints.lock anew, for every supported Python
-	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --python $(BIN)/python \
+	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --python $(BIN)/python \
 	--index-strategy unsafe-best-match --no-annotate --custom-compile-command "make constraints" \
 	$(foreach extra,train export serve zarr hdf5 mrc dask int8 rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.lock
 	@sed -e '/^    --hash/d' -e 's/ \\$$//' constraints.lock > constraints.txt

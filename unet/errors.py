@@ -23,6 +23,13 @@ EXIT_TERMINATED = 143
 # What a write says when nobody reads the output any more: a closed pipe, a closed terminal, a closed connection.
 _READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ESHUTDOWN})
 
+# Of the libraries that only some commands need.
+_EXTRAS = {
+    **dict.fromkeys(("tensorflow", "cv2", "matplotlib"), "train"),
+    **dict.fromkeys(("tf2onnx", "onnx", "onnxruntime", "openvino"), "export"),
+    "pytriton": "serve",
+}
+
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -98,9 +105,9 @@ def command(main: Main) -> Callable[..., int]:
     A command whose reader has gone away (``... | head -1``) does its work to the end, and its exit code tells how that
     went. Its libraries start no more threads than the container's quota has cores.
 
-    ``UnetError``, a full disk and other operating-system errors that name a file give exit code 2; Ctrl-C gives 130;
-    SIGTERM unwinds the stack, so that ``finally`` blocks run, and gives 143. Anything else is a bug in the program and
-    keeps its traceback.
+    ``UnetError``, a library that an extra brings, a full disk and other operating-system errors that name a file give
+    exit code 2; Ctrl-C gives 130; SIGTERM unwinds the stack, so that ``finally`` blocks run, and gives 143. Anything
+    else is a bug in the program and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -117,6 +124,12 @@ def command(main: Main) -> Callable[..., int]:
         except KeyboardInterrupt:
             complain("interrupted")
             return EXIT_INTERRUPTED
+        except ModuleNotFoundError as error:
+            extra = _EXTRAS.get(str(error.name).split(".")[0])
+            if extra is None:
+                raise
+            _complain(f"error: {error.name} is not installed: `pip install '.[{extra}]'` brings it, on Python 3.11")
+            return EXIT_USER_ERROR
         except OSError as error:
             if error.filename is None and error.errno != errno.ENOSPC:
                 raise

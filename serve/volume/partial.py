@@ -8,10 +8,10 @@ checksum and is computed again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +21,9 @@ import numpy.typing as npt
 
 from serve.segment.connection import ClientError
 from unet.volume.tiff.canvas import write_all
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,6 +115,8 @@ class Partial:
             self._append(self._header)
 
     def _take_lock(self) -> None:
+        if sys.platform == "win32":  # no lock: the user sees to it that one process writes
+            return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
