@@ -2,142 +2,162 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from serve.measure.rows import lone_rows
-from unet.errors import UnetError
+from serve.measure.common import DEMO, MeasureError
+from serve.measure.page.charts import SCORE_AXES, score_chart, speed_charts
+from serve.measure.page.slices import slices_of, stack_scores, truth_of
+from serve.measure.page.truth import LEAST_PX, LEAST_SHARE
+from unet.card import CARD_FILE
+from unet.config import setting
 from unet.files import atomic_file
-from unet.intensity import find_windows
-from unet.volume import PROBABILITY_LIMITS, open_volume, page_range
-from unet.volume.overlay import membrane_overlay, shrink, shrink_factor
+from unet.volume import read_labels
+from unet.volume.overlay import MEMBRANE_COLOUR, OPACITY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from unet.scores import StackScores
+    from unet.volume import LabelOptions
 
-THRESHOLDS = tuple(step / 10 for step in range(11))
-_JPEG_QUALITY = 85
 PAGE = Path(__file__).resolve().parent / "page.html"
-_COLOURS = ("#0b6e4f", "#c1440e", "#31508c")
+# What `make demo` leaves for a report.
+_DEMO_FILES = {
+    "images": DEMO / "held-out-volume.tif",
+    "probability": DEMO / "held-out-volume-probability.tif",
+    "labels": DEMO / "held-out-labels.tif",
+    "benchmark": DEMO / "benchmark" / "benchmark.json",
+    "artefacts": DEMO / "artefacts",
+}
 
 
-class ReportError(UnetError):
-    """A report that cannot be made of what is there."""
+@dataclass(frozen=True)
+class ReportSettings:
+    """What the page shows."""
+
+    images: Path | None = setting(None, "the stack that was segmented; without one, what the demo made", kind=Path)
+    probability: Path | None = setting(None, "what the client wrote of it", kind=Path)
+    labels: Path | None = setting(None, "its labels, for scores, merges and splits", kind=Path)
+    pages: str = setting(":", "slices FIRST:LAST to show and score, LAST left out")
+    benchmark: Path | None = setting(None, "benchmark.json of serve/benchmark.py", kind=Path)
+    artefacts: Path | None = setting(None, "folder with the model's card.json", kind=Path)
+    threshold: float = setting(0.5, "of the membrane, to begin with")
+    out: Path = setting(Path("report.html"), "the page")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise MeasureError(f"--threshold is {self.threshold:g}; it must be 0 to 1")
+
+    def or_demo(self) -> ReportSettings:
+        """These settings; where no stack is named, those for what ``make demo`` made.
+
+        Raises:
+            MeasureError: there is nothing to show.
+        """
+        if self.images is not None and self.probability is not None:
+            return self
+        if self.images is not None or self.probability is not None:
+            raise MeasureError("--images and --probability go together: name both")
+        if not all(_DEMO_FILES[name].exists() for name in ("images", "probability")):
+            raise MeasureError("no stack to show: name --images and --probability, or run `make demo` first")
+        there = {name: path for name, path in _DEMO_FILES.items() if path.exists() and getattr(self, name) is None}
+        return replace(self, **there)  # type: ignore[arg-type]
 
 
-def picture(pixels: npt.NDArray[np.uint8]) -> str:
-    """An image, grey [H, W] or RGB [H, W, 3], as a data address that a page can hold."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=_JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def slices_of(
-    images: str | Path, probabilities: str | Path, threshold: float, pages: str = ":"
-) -> list[dict[str, Any]]:
-    """Input, probability and overlay of each slice as pictures.
+def make_report(settings: ReportSettings, options: LabelOptions) -> int:
+    """Write the page, whole or not at all; it needs nothing but a browser.
 
     Args:
-        images: the stack that was segmented.
-        probabilities: what the client wrote of it.
-        threshold: of the overlay.
-        pages: which slices, as FIRST:LAST; all by default.
+        settings: what it shows; a stack is named.
+        options: how the labels are understood.
+
+    Returns:
+        How many slices it shows.
 
     Raises:
-        StackError: if either cannot be read.
-        ReportError: if they do not fit each other.
+        UnetError: something that is named cannot be read, or does not fit the rest.
     """
-    with open_volume(Path(images)) as volume, open_volume(probabilities, PROBABILITY_LIMITS) as found:
-        if (len(volume), volume.height, volume.width) != (len(found), found.height, found.width):
-            raise ReportError(f"{probabilities} is not of {images}: segment it again")
-        windows = find_windows(volume)
-        shown = []
-        for page in page_range(pages, len(found)):
-            image = windows.apply(page, volume[page])
-            image, probability = shrink(image, found[page], shrink_factor(*image.shape))
-            grey = np.asarray(np.rint(probability * 255), np.uint8)
-            overlay = membrane_overlay(image, probability, threshold)
-            views = {"input": image, "probability": grey, "overlay": overlay}
-            shown.append({"page": page, **{name: picture(pixels) for name, pixels in views.items()}})
-    return shown
+    assert settings.images is not None
+    assert settings.probability is not None
+    found = list(slices_of(settings.images, settings.probability, settings.pages))
+    slices = [{"page": page, **views} for page, views, _ in found]
+    sections = []
+    if settings.labels is not None:
+        labels = read_labels(settings.labels, options)
+        shown = [page for page, _, _ in found]
+        if len(labels) <= shown[-1] or labels.shape[1:] != found[0][2].shape:
+            raise MeasureError(f"{settings.labels} is {labels.shape}: it is not of {settings.images}")
+        each, whole = stack_scores(np.stack([probability for _, _, probability in found]), labels[shown])
+        for (page, _, probability), view, scores in zip(found, slices, each):
+            view.update(truth_of(probability, labels[page]), chart=score_chart(f"slice {page}", scores, whole))
+        sections.append(score_section(whole, f"Slices {shown[0]} to {shown[-1]} of {settings.images.name}."))
+    if settings.benchmark is not None:
+        sections.append(speed_section(settings.benchmark))
+    if settings.artefacts is not None:
+        sections.append(card_section(page_json(settings.artefacts / CARD_FILE)))
+    _write(settings, slices, sections)
+    return len(slices)
 
 
-def chart(title: str, x: Sequence[str], series: Mapping[str, Sequence[float]], unit: str) -> str:
-    """Lines over equally spaced places, as SVG; every point bears its value as a tooltip."""
-    left, top, width, height = 54, 30, 415, 190
-    values = [value for line in series.values() for value in line]
-    span = max(values) or 1
-    place = [left + width * (index + 0.5) / len(x) for index in range(len(x))]
-    parts = [f'<text x="{left}" y="16" class="title">{html.escape(title)}</text>']
-    for step in range(5):
-        y = top + height - height * step / 4
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" class="left">{span * step / 4:.4g}</text>')
-    for name, at in zip(x, place):
-        parts.append(f'<text x="{at:.1f}" y="{top + height + 18}" class="below">{html.escape(name)}</text>')
-    for index, (name, line) in enumerate(series.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        points = [(at, top + height - height * value / span) for at, value in zip(place, line)]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        parts.append(f'<polyline points="{path}" stroke="{colour}"/>')
-        for (a, b), value in zip(points, line):
-            told = html.escape(f"{name}: {value:.4g} {unit}")
-            parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"><title>{told}</title></circle>')
-        parts.append(
-            f'<text x="{left + 130 * index}" y="{top + height + 40}" fill="{colour}">{html.escape(name)}</text>'
-        )
-    return f'<svg viewBox="0 0 480 280" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+def _write(settings: ReportSettings, slices: list[dict[str, Any]], sections: Sequence[str]) -> None:
+    assert settings.images is not None
+    facts = {"threshold": settings.threshold, "colour": MEMBRANE_COLOUR, "opacity": OPACITY, "axes": SCORE_AXES}
+    parts = {
+        "@TITLE@": html.escape(f"Membranes in {settings.images.name}"),
+        "@SECTIONS@": "\n".join(sections),
+        # "</" must not occur in a script element.
+        "@FACTS@": json.dumps(facts).replace("</", "<\\/"),
+        "@SLICES@": json.dumps(slices).replace("</", "<\\/"),
+    }
+    page = PAGE.read_text(encoding="utf-8")
+    for mark, text in parts.items():
+        page = page.replace(mark, text)
+    with atomic_file(settings.out) as aside:
+        aside.write_text(page, encoding="utf-8")
 
 
 def score_section(scores: StackScores, described: str) -> str:
-    """Table and threshold curve of a stack's scores."""
+    """Table of a stack's scores, and the place of the chart that follows the slice."""
     rows = {
         "V_rand after thinning": f"{scores.best_v_rand:.4f} at {scores.best_v_rand_threshold:.1f}",
         "V_info after thinning": f"{scores.best_v_info:.4f} at {scores.best_v_info_threshold:.1f}",
         "Dice of the membrane": f"{scores.dice:.4f}",
         "pixel error": f"{scores.pixel_error:.4f}",
     }
-    curve = chart(
-        "scores over the threshold",
-        [f"{threshold:.1f}" for threshold in scores.thresholds],
-        {"V_rand": scores.v_rand, "V_info": scores.v_info},
-        "",
+    chart = '<div class="chart"><img id="scores" alt="scores over the threshold"><div id="cursor"></div></div>'
+    rule = (
+        f"A true segment counts as split where two proposed ones each hold {LEAST_SHARE:.0%} of it, and as merged "
+        f"where one proposed segment holds as much of it and of another; {LEAST_PX} pixels at least."
     )
-    return f"<h2>Scores</h2><p>{html.escape(described)}</p><div class='side'>{table(rows)}{curve}</div>"
-
-
-def speed_section(benchmark: dict[str, Any]) -> str:
-    """Throughput and latency of ``serve/benchmark.py``'s JSON, as charts."""
-    rows = lone_rows(benchmark)
-    if not rows:
-        return "<h2>Speed</h2><p>Something else was running: no row of the benchmark is to be believed.</p>"
-    side, sizes = rows[0]["tile_size"], [row["batch_size"] for row in rows]
-    throughput: dict[str, list[float]] = {}
-    for row in benchmark["rows"]:
-        if row["tile_size"] == side and row["concurrency"] == 1 and row["batch_size"] in sizes and not row["refused"]:
-            throughput.setdefault(row["level"], []).append(row["img_per_s"])
-    whole = {level: rates for level, rates in throughput.items() if len(rates) == len(sizes)}
-    latency = {name: [row[f"{name}_ms"] for row in rows] for name in ("p50", "p95", "p99")}
-    names = [f"batch {size}" for size in sizes]
     return (
-        f"<h2>Speed</h2><p>Images of {side} x {side}, one request at a time.</p><div class='side'>"
-        f"{chart('images per second', names, whole, 'img/s')}"
-        f"{chart('latency through Triton, ms', names, latency, 'ms')}</div>"
+        f"<h2>Scores</h2><p>{html.escape(described)} The line in the chart is the threshold above.</p>"
+        f"<div class='side'><div>{table(rows)}<p class='rule'>{rule}</p></div>{chart}</div>"
     )
 
 
-def table(rows: dict[str, Any]) -> str:
+def speed_section(path: Path) -> str:
+    """Throughput and latency of ``serve/benchmark.py``'s JSON, as charts.
+
+    Raises:
+        MeasureError: the file is something else.
+    """
+    try:
+        side, charts = speed_charts(page_json(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MeasureError(f"{path} is not what serve/benchmark.py writes ({error!r}): measure again") from error
+    if not charts:
+        return "<h2>Speed</h2><p>Something else was running: no row of the benchmark can be relied on.</p>"
+    pictures = "".join(f'<div class="chart"><img class="speed" src="{one}" alt="speed"></div>' for one in charts)
+    return f"<h2>Speed</h2><p>Images of {side} x {side}, one request at a time.</p><div class='side'>{pictures}</div>"
+
+
+def table(rows: Mapping[str, Any]) -> str:
     """Names and values as an HTML table."""
     lines = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items())
     return f"<table>{''.join(lines)}</table>"
@@ -157,25 +177,15 @@ def card_section(card: dict[str, Any]) -> str:
     return f"<h2>Card</h2>{table(facts)}{table(made)}"
 
 
-def write_report(out: Path, title: str, slices: list[dict[str, Any]], sections: Sequence[str]) -> None:
-    """Write the page, whole or not at all; it needs nothing but a browser."""
-    # "</" must not occur in a script element.
-    data = json.dumps(slices).replace("</", "<\\/")
-    page = PAGE.read_text(encoding="utf-8")
-    page = page.replace("@TITLE@", html.escape(title)).replace("@SECTIONS@", "\n".join(sections))
-    with atomic_file(out) as aside:
-        aside.write_text(page.replace("@SLICES@", data), encoding="utf-8")
-
-
 def page_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ReportError: it cannot be read.
+        MeasureError: it cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ReportError(f"{path} does not exist: make it first, or leave its flag away") from error
+        raise MeasureError(f"{path} does not exist: make it first, or leave its flag away") from error
     except ValueError as error:
-        raise ReportError(f"{path} is not JSON: make it again") from error
+        raise MeasureError(f"{path} is not JSON: make it again") from error
