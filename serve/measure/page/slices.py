@@ -41,9 +41,7 @@ def picture(pixels: npt.NDArray[np.uint8], kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def slices_of(
-    images: Path, probabilities: Path, pages: str = ":"
-) -> Iterator[tuple[int, dict[str, Any], Any]]:
+def slices_of(images: Path, probabilities: Path, pages: str = ":") -> Iterator[tuple[int, dict[str, Any], Any]]:
     """Each slice's number, its pictures by name, and its probability, float [H, W] in [0, 1].
 
     Args:
@@ -52,7 +50,7 @@ def slices_of(
         pages: which slices, as FIRST:LAST.
 
     Raises:
-        StackError: if either cannot be read.
+        StackError: if either cannot be read, or has no such slices.
         MeasureError: if they do not fit each other.
     """
     with open_volume(images) as volume, open_volume(probabilities, PROBABILITY_LIMITS) as found:
