@@ -1,52 +1,55 @@
-"""SavedModel -> ONNX -> float16 ONNX -> engine: each step proven against those before it, and entered on the card."""
+"""SavedModel -> ONNX -> float16 ONNX -> engine: each is proven against those before it, and entered on the card."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.gate.engine_choice import HALF_NAME, SAVED_MODEL_NAME, SINGLE_NAME, choose_engine, one_by_one
-from export.gate.parity import HALF, SAME_TYPE, Comparison, Tolerance, compare
-from export.gate.parity import LOGITS as LOGITS_TOLERANCE
-from export.gate.scoring import Change, Judge, gather_scored
-from export.gate.tiles import Tiles, gather_tiles, training_tiles
-from export.plan import trtexec
-from export.provenance import shell, tensorflow_package, versions, write_card
-from export.steps.graph import LOGITS, base_filters, read_model, with_logits, write_model
+from export.errors import ExportError, ParityError
+from export.gate.engine_choice import choose_engine
+from export.gate.half_arithmetic import HalfArithmetic
+from export.gate.parity import HALF_ARITHMETIC, LOGITS, SAME_TYPE, compare
+from export.gate.proof import LARGEST_BATCH, Batch, Evidence, Step, prove
+from export.gate.scoring import Judge, gather_scored
+from export.gate.tiles import Source, distinct_tiles, gather_tiles, training_tiles
+from export.plan.build import build_into
+from export.plan.memory import plan_memory
+from export.plan.settings import BuildSettings
+from export.plan.trtexec import SCRIPT, write_script
+from export.record.folder import sole_writer
+from export.record.page import PAGE, WORST, write_card
+from export.record.provenance import shell, tensorflow_package, versions
+from export.steps import graph, scaling
 from export.steps.half_precision import to_half
-from export.steps.int8 import quantise
+from export.steps.int8 import can_quantise, quantise
 from export.steps.reference import Outputs
-from unet.card import CARD_FILE, Card
+from export.steps.training_run import TrainingRun
+from unet.card import CARD_FILE, SHORT_HASH, Card
+from unet.engine import EngineError
 from unet.engine.cpu import CpuEngine, EngineChoice, load_engine
-from unet.errors import UnetError
 from unet.files import atomic_directory
 from unet.geometry import output_size
-from unet.intensity import WindowChoice, parse_window
-from unet.machine import machine, thread_limit
-from unet.names import HALF_FILE, INPUT, INT8_FILE, ONNX_FILE, SAVED_MODEL
+from unet.machine import machine
+from unet.names import HALF, HALF_FILE, INT8, INT8_FILE, ONNX, ONNX_FILE, SAVED_MODEL
 from unet.processes import child
-from unet.volume import LabelOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import onnx
-    from numpy.typing import NDArray
 
-WORST = "worst_slice.png"
-ORT = EngineChoice("onnxruntime", "f32")
+    from unet.card.records import Proof
 
-
-class ExportError(UnetError):
-    """An export that cannot be done as asked."""
+# What goes wrong at some batch sizes does so at any tile size.
+SMALL_TILE = 204
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ class ExportConfig:
     Attributes:
         model_dir: folder of a training run, with ``saved_model``.
         out: folder of artefacts to write; one that holds a card is replaced.
-        data_dir: folder with a ``*-volume.tif`` to measure on; None takes the synthetic stack.
+        data_dir: folder with a ``*-volume.tif`` to measure on; None takes the default one, see `data_folder`.
         target: "cpu" chooses an engine for this machine; a GPU leaves the command that builds a plan there.
         tile_sizes: input sizes that will be served, 188 + 16k; the first is the one that speed is measured at.
-        int8: whether an engine in 8-bit integers is considered too, with "cpu".
+        int8: whether an engine in 8-bit integers is considered too, with "cpu"; None considers it where it can be
+            proven: NNCF is installed, and labels are known of slices that training did not see.
     """
 
     model_dir: Path
@@ -67,7 +71,7 @@ class ExportConfig:
     data_dir: Path | None = None
     target: str = "cpu"
     tile_sizes: tuple[int, ...] = (572, 700)
-    int8: bool = False
+    int8: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.tile_sizes or len(set(self.tile_sizes)) != len(self.tile_sizes):
@@ -87,165 +91,6 @@ class ExportConfig:
         return (self.out / CARD_FILE).is_file() or not any(self.out.iterdir())
 
 
-class Exporter:
-    """One export into a folder that is not yet under its final name."""
-
-    def __init__(self, config: ExportConfig, folder: Path, report: Callable[[str], None]) -> None:
-        self.config = config
-        self.card = Card(folder)
-        self.folder = folder
-        self.report = report
-        self.expected: dict[str, list[NDArray[Any]]] = {}
-        self._judge: Judge | None = None
-        self._changes: list[dict[str, Any]] = []
-        self._window: WindowChoice = None
-        self._started = time.monotonic()
-
-    def run(self) -> None:
-        """Every step, each of which raises where it is not its parent within the tolerance."""
-        run_config = _read_run_config(self.config.model_dir)
-        self.card.tile_sizes = self.config.tile_sizes
-        held_out, settings = run_config.get("held_out", {}), run_config.get("settings", {})
-        self._window = parse_window(str(settings.get("window", "")).split())
-        tiles = gather_tiles(self.config.data_dir, self.config.tile_sizes, held_out, self._window)
-        self._say(f"measuring on {tiles.count} tiles: {tiles.source}")
-        scored = gather_scored(
-            self.config.data_dir, self.config.tile_sizes, held_out, LabelOptions.of(settings), self._window
-        )
-        saved_model = self._copy_saved_model(run_config)
-        reference = self._run_saved_model(saved_model, [*tiles.batches, *(scored.tiles() if scored else [])])
-        self.expected[SAVED_MODEL_NAME] = reference.probability[: len(tiles.batches)]
-        if scored:
-            self._judge = Judge.of(scored, scored.assemble(reference.probability[len(tiles.batches) :]))
-            self._say(f"SavedModel on {len(scored.images)} held-out slices: {self._judge.before}")
-        self._say(f"SavedModel: {reference.parameters:,} parameters")
-        model = self._to_onnx(reference, tiles)
-        self.card.model = {
-            "base_filters": base_filters(model),
-            "parameters": reference.parameters,
-            "training": run_config.get("settings", {}),
-            "machine": asdict(machine()),
-            "parity_tiles": tiles.source,
-            "scores": self._changes,
-        }
-        self._to_half(model, tiles)
-        if self.config.target == "cpu":
-            self._choose_engine(tiles)
-        else:
-            trtexec.write_script(self.folder, HALF_FILE, self.config.tile_sizes)
-        write_card(self.card)
-
-    def _copy_saved_model(self, run_config: dict[str, Any]) -> Path:
-        path = self.folder / SAVED_MODEL
-        shutil.copytree(self.config.model_dir / SAVED_MODEL, path)
-        repeat = str(run_config.get("repeat", shell("python", "train/main.py", "--model_dir", self.config.model_dir)))
-        made_with = run_config.get("versions", {})
-        self.card.record("saved_model", path, None, repeat, versions=made_with, held_out=run_config.get("held_out", {}))
-        return path
-
-    def _run_saved_model(self, saved_model: Path, batches: Sequence[NDArray[np.uint8]]) -> Outputs:
-        with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            asked, answered = Path(name) / "tiles.npz", Path(name) / "outputs.npz"
-            np.savez(asked, *batches)
-            self._in_own_process("export.steps.reference", saved_model, asked, answered)
-            return Outputs.read(answered)
-
-    def _in_own_process(self, module: str, *arguments: Path) -> None:
-        """Run a step that needs TensorFlow, which gives its gigabytes back to the system only when it ends.
-
-        Raises:
-            ExportError: with the step's own last words.
-        """
-        with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            log = Path(name) / "log"
-            with child([sys.executable, "-m", module, *map(str, arguments)], log=log) as process:
-                process.wait()
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        if process.returncode != 0:
-            last = said[-1] if said else f"it ended with exit code {process.returncode}"
-            raise ExportError(last[len("error: ") :] if last.startswith("error: ") else f"{module} failed: {last}")
-
-    def _to_onnx(self, reference: Outputs, tiles: Tiles) -> onnx.ModelProto:
-        path = self.folder / ONNX_FILE
-        self._in_own_process("export.steps.to_onnx", self.folder / SAVED_MODEL, path)
-        model = read_model(path)
-        command = shell("python", "-m", "export.steps.to_onnx", SAVED_MODEL, ONNX_FILE)
-        used = versions(tensorflow_package(), "tf2onnx", "onnx", "numpy")
-        self.card.record("onnx", path, "saved_model", command, versions=used)
-        # One tile of each size: the logits are as many as the probabilities are not.
-        firsts = [batch[:1] for batch in tiles.batches]
-        found = _run_logits(model, firsts)
-        expected = reference.first_logits[: len(firsts)]
-        self._prove(compare(SINGLE_NAME, SAVED_MODEL_NAME, found, expected, LOGITS_TOLERANCE))
-        self._prove_file(SINGLE_NAME, path, tiles, SAME_TYPE)
-        return model
-
-    def _to_half(self, model: onnx.ModelProto, tiles: Tiles) -> None:
-        path = self.folder / HALF_FILE
-        write_model(to_half(model), path)
-        command = shell("python", "-m", "export.steps.half_precision", ONNX_FILE, HALF_FILE)
-        self.card.record("onnx_fp16", path, "onnx", command, versions=versions("onnx", "numpy"))
-        self._prove_file(HALF_NAME, path, tiles, HALF)
-
-    def _to_int8(self, single: Path) -> Path:
-        if self._judge is None:
-            raise ExportError(
-                "INT8 is accepted by the scores of labelled slices that training did not see, and there are none: "
-                "train with --crossvalidation_idx, name the stacks with --data_dir, or leave --int8 out"
-            )
-        held_out = self.card.artefacts["saved_model"].facts["held_out"]
-        path = self.folder / INT8_FILE
-        calibration = training_tiles(self.config.data_dir, self.config.tile_sizes[0], held_out, self._window)
-        quantise(single, calibration, path)
-        self.card.record(
-            "int8",
-            path,
-            "onnx",
-            "python export/main.py --int8",
-            versions=versions("nncf", "openvino"),
-            calibration_tiles=len(calibration),
-        )
-        self._say(f"INT8: calibrated on {len(calibration)} tiles of slices that training saw")
-        return path
-
-    def _prove_file(self, name: str, path: Path, tiles: Tiles, tolerance: Tolerance) -> None:
-        """Run a file as it lies on the disk and compare it with every step before it."""
-        engine = CpuEngine(path, ORT)
-        found = [one_by_one(engine, batch) for batch in tiles.batches]
-        for against, values in self.expected.items():
-            self._prove(compare(name, against, found, values, tolerance))
-        self.expected[name] = found
-        if self._judge is not None:
-            self._prove(self._judge.judge(name, engine.infer, tolerance.score_ratio))
-
-    def _choose_engine(self, tiles: Tiles) -> None:
-        single, half = self.folder / ONNX_FILE, self.folder / HALF_FILE
-        int8 = self._to_int8(single) if self.config.int8 else None
-        selection = choose_engine(single, half, tiles, self.expected, judge=self._judge, int8=int8)
-        for comparison in selection.comparisons:
-            self._note(comparison)
-        for change in selection.changes:
-            self._note(change)
-        self.card.engine = engine = selection.engine
-        self.card.model["engines_img_per_s"] = selection.rates
-        table = ", ".join(f"{name} {rate:.2f}" for name, rate in selection.rates.items())
-        self._say(f"engine: {engine.kind} {engine.precision} on {engine.file} (tiles per second: {table})")
-        if self._judge is not None:
-            difference = self._judge.worst_slice_png(self.folder / WORST, load_engine(self.card).infer)
-            self._say(f"{WORST}: the slice where the engine differs most, by {difference:.1e} in the mean")
-
-    def _prove(self, result: Comparison | Change) -> None:
-        self._note(result)
-        result.check()
-
-    def _note(self, result: Comparison | Change) -> None:
-        (self._changes if isinstance(result, Change) else self.card.parity).append(result.as_dict())
-        self._say(str(result))
-
-    def _say(self, text: str) -> None:
-        self.report(f"[{time.monotonic() - self._started:5.1f} s] {text}")
-
-
 def export_model(config: ExportConfig, report: Callable[[str], None]) -> Card:
     """Export a trained model; the artefacts appear together, when all of them are proven.
 
@@ -258,31 +103,190 @@ def export_model(config: ExportConfig, report: Callable[[str], None]) -> Card:
 
     Raises:
         ParityError: a step is not its parent within the tolerance; whatever was in ``config.out`` stays.
-        UnetError: one of the others that name what cannot be used.
+        ExportError: it cannot be exported as asked, or another process writes into ``config.out``.
     """
-    with atomic_directory(config.out) as aside:
-        Exporter(config, aside, report).run()
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        report(f"[{time.monotonic() - started:5.1f} s] {text}")
+
+    with sole_writer(config.out), atomic_directory(config.out) as aside:
+        write_card(_export(config, TrainingRun.read(config.model_dir), aside, say))
     return Card.load(config.out)
 
 
-def _run_logits(model: onnx.ModelProto, batches: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    import onnxruntime
+def run(config: ExportConfig, report: Callable[[str], None]) -> None:
+    """Export a trained model, build the plan where the target is a GPU, and list what there is.
 
-    content = with_logits(model).SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = thread_limit() or 0
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return [session.run([LOGITS], {INPUT: batch})[0] for batch in batches]
+    Raises:
+        ParityError: as `export_model`, or the plan does not compute the network.
+        ExportError: as `export_model`, or the plan cannot be built here; the ONNX files are there then.
+    """
+    card = export_model(config, report)
+    if config.target != "cpu":
+        try:
+            build_into(config.out, config.target, report, data_dir=config.data_dir)
+        except ParityError:
+            raise
+        except (ExportError, EngineError) as error:
+            raise ExportError(
+                f"the ONNX files are proven and in {config.out}, but there is no TensorRT plan: {error}; or run "
+                f"{config.out / SCRIPT} with trtexec on the machine with the GPU, and adopt what it builds as it says"
+            ) from error
+        card = Card.load(config.out)
+    for artefact in card.artefacts.values():
+        report(f"{artefact.sha256[:SHORT_HASH]}  {card.folder / artefact.file}")
+    report(f"{'':{SHORT_HASH}}  {card.folder / PAGE}")
 
 
-def _read_run_config(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ExportError(f"{path} is not JSON ({error}): take it from the training run again") from error
-    if not isinstance(values, dict):
-        raise ExportError(f"{path} is not the configuration of a training run: take it from the run again")
-    return values
+def _export(config: ExportConfig, run: TrainingRun, folder: Path, say: Callable[[str], None]) -> Card:
+    card = Card(folder)
+    card.tile_sizes = config.tile_sizes
+    saved_model = Path(shutil.copytree(run.saved_model, folder / SAVED_MODEL))
+    card.record(SAVED_MODEL, saved_model, None, run.repeat, versions=run.versions, held_out=run.held_out)
+    source = Source.of(config.data_dir, run.held_out, run.settings)
+    evidence, reference = _gather_evidence(source, config.tile_sizes, folder, say)
+    card.model = {
+        "parameters": reference.parameters,
+        "training": run.settings,
+        "machine": dataclasses.asdict(machine()),
+        "parity_tiles": evidence.tiles.source,
+    }
+
+    model, proof = _to_onnx(folder, evidence, reference, say)
+    command = shell("python", "-m", "export.steps.to_onnx", SAVED_MODEL, ONNX_FILE)
+    used = versions(tensorflow_package(), "tf2onnx", "onnx", "numpy")
+    card.record(ONNX, folder / ONNX_FILE, SAVED_MODEL, command, proof=proof, versions=used)
+    card.model["base_filters"] = graph.base_filters(model)
+
+    proof = _to_half(folder, model, evidence, say)
+    divided = [f"{name}={factor:g}" for name, factor in proof.facts["divided"].items()]
+    flags = ["--divide", *divided] if divided else []
+    command = shell("python", "-m", "export.steps.half_precision", ONNX_FILE, HALF_FILE, *flags)
+    card.record(HALF, folder / HALF_FILE, ONNX, command, proof=proof, versions=versions("onnx", "numpy"))
+
+    if config.target == "cpu":
+        _add_engine(card, config, source, evidence, say)
+    else:
+        settings = BuildSettings.of(config.tile_sizes)
+        card.model["plan_memory"] = plan_memory(graph.read_model(folder / HALF_FILE), settings)
+        write_script(folder, settings, config.target)
+    return card
+
+
+def _gather_evidence(
+    source: Source, tile_sizes: Sequence[int], folder: Path, say: Callable[[str], None]
+) -> tuple[Evidence, Outputs]:
+    """What to prove on, and what the SavedModel makes of it."""
+    tiles = gather_tiles(source, tile_sizes)
+    say(f"measuring on {tiles.count} tiles: {tiles.source}")
+    scored = gather_scored(source, tile_sizes)
+    count = len(tiles.batches)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        asked, answered = Path(name) / "tiles.npz", Path(name) / "outputs.npz"
+        np.savez(asked, *tiles.batches, *(scored.tiles() if scored else []))
+        _in_own_process(folder, "export.steps.reference", folder / SAVED_MODEL, asked, count, answered)
+        reference = Outputs.read(answered)
+    say(f"{SAVED_MODEL}: {reference.parameters:,} parameters")
+    judge = None
+    if scored:
+        judge = Judge.of(scored, scored.assemble(reference.probability[count:]), SAVED_MODEL)
+        say(f"{SAVED_MODEL} on {len(scored.images)} held-out slices: {judge.before}")
+    batches = [Batch(distinct_tiles(source, SMALL_TILE, LARGEST_BATCH))]
+    return Evidence(tiles, {SAVED_MODEL: reference.probability[:count]}, batches, judge), reference
+
+
+def _in_own_process(folder: Path, module: str, *arguments: Path | int) -> None:
+    """Run a step that needs TensorFlow, which gives its gigabytes back to the system only when it ends.
+
+    Raises:
+        ExportError: with the step's own last words.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        log = Path(name) / "log"
+        with child([sys.executable, "-m", module, *map(str, arguments)], log=log) as process:
+            process.wait()
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if process.returncode != 0:
+        last = said[-1] if said else f"it ended with exit code {process.returncode}"
+        raise ExportError(last[len("error: ") :] if last.startswith("error: ") else f"{module} failed: {last}")
+
+
+def _to_onnx(
+    folder: Path, evidence: Evidence, reference: Outputs, say: Callable[[str], None]
+) -> tuple[onnx.ModelProto, Proof]:
+    path = folder / ONNX_FILE
+    _in_own_process(folder, "export.steps.to_onnx", folder / SAVED_MODEL, path)
+    model = graph.read_model(path)
+    # One tile of each size: the logits are twice as many numbers as the probabilities, and four times the bytes.
+    firsts = [batch[:1] for batch in evidence.tiles.batches]
+    logits = compare(ONNX, SAVED_MODEL, graph.run_logits(model, firsts), reference.first_logits, LOGITS)
+    engine = CpuEngine(path, EngineChoice("onnxruntime", "f32"))
+    return model, prove(
+        Step(ONNX, path, engine.infer, SAME_TYPE, {SAVED_MODEL: SAME_TYPE}, others=(logits,)), evidence, say
+    )
+
+
+def _to_half(folder: Path, model: onnx.ModelProto, evidence: Evidence, say: Callable[[str], None]) -> Proof:
+    exact = HalfArithmetic(model, rounded=False)
+    exact.infer(evidence.tiles.batches[0][:1])
+    divided = scaling.factors(exact.peaks)
+    for name, factor in divided.items():
+        say(f"{HALF}: {name} is divided by {factor:g}, since it reaches {exact.peaks[name]:.3g}: the same function")
+    path = folder / HALF_FILE
+    graph.write_model(to_half(scaling.divided(model, divided)), path)
+    rounded = HalfArithmetic(graph.read_model(path))
+    proof = prove(
+        Step(
+            name=HALF,
+            path=path,
+            infer=rounded.infer,
+            tolerance=HALF_ARITHMETIC,
+            parents=dict.fromkeys((SAVED_MODEL, ONNX), HALF_ARITHMETIC),
+            facts=lambda: {"peaks": rounded.peaks, "divided": divided},
+        ),
+        evidence,
+        say,
+    )
+    layer, peak = max(((name, peak) for name, peak in rounded.peaks.items() if "/" in name), key=lambda one: one[1])
+    say(f"{HALF}: the largest result of a layer is {peak:.4g} ({layer}), float16 ends at 65504")
+    return proof
+
+
+def _add_engine(
+    card: Card, config: ExportConfig, source: Source, evidence: Evidence, say: Callable[[str], None]
+) -> None:
+    folder = card.folder
+    files = {ONNX: folder / ONNX_FILE, HALF: folder / HALF_FILE}
+    if _considers_int8(config, evidence):
+        files[INT8] = folder / INT8_FILE
+        calibration = training_tiles(source, config.tile_sizes[0])
+        quantise(files[ONNX], calibration, files[INT8])
+        say(f"{INT8}: calibrated on {len(calibration)} tiles of slices that training saw")
+    selection = choose_engine(files, evidence, say)
+    engine = selection.engine
+    if engine.file == INT8_FILE:
+        used, command = versions("nncf", "openvino"), "python export/main.py --int8"
+        facts = {"calibration_tiles": len(calibration)}
+        card.record(INT8, files[INT8], ONNX, command, proof=engine.proof, versions=used, **facts)
+    elif INT8 in files:
+        files[INT8].unlink()
+    card.engine, card.fallback = engine, selection.fallback
+    card.model |= {"engines_img_per_s": selection.rates, "engines_refused": selection.refused}
+    table = ", ".join(f"{name} {rate:.2f}" for name, rate in selection.rates.items())
+    say(f"engine: {engine.kind} {engine.precision} on {engine.file} (tiles per second: {table})")
+    if evidence.judge is not None:
+        difference = evidence.judge.worst_slice_png(folder / WORST, load_engine(card).infer)
+        say(f"{WORST}: the slice where the engine differs most, by {difference:.1e} in the mean")
+
+
+def _considers_int8(config: ExportConfig, evidence: Evidence) -> bool:
+    """Whether to quantise, which only the scores of held-out slices can accept."""
+    if config.int8 is None:
+        return can_quantise() and evidence.judge is not None
+    if config.int8 and evidence.judge is None:
+        raise ExportError(
+            "INT8 is accepted by the scores of labelled slices that training did not see, and there are none: "
+            "train with --crossvalidation_idx, name the stacks with --data_dir, or leave --int8 out"
+        )
+    return config.int8

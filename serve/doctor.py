@@ -17,7 +17,9 @@ from serve.measure.common import MeasureError
 from serve.measure.perf_analyzer import PerfAnalyzer
 from serve.server.install import TritonError, find_installation
 from unet.card import Card, CardError
-from unet.engine.cpu import EngineChoice, EngineError, supported_choices
+from unet.engine import EngineError
+from unet.engine.cpu import engine_here, supported_choices
+from unet.engine.targets import TARGETS, TRITON, target_of
 from unet.errors import command, say
 from unet.machine import TOOL_TIMEOUT_S, Gpu, cpu_amp_dtype, machine, numa_nodes, parse_gpus, run_tool
 from unet.names import PLAN_FILE
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 OK, ABSENT, WRONG = "ok", "absent", "wrong"
-# What Triton 24.09 and TensorRT 10.4 take at least, and what the last of them for a Volta is.
-_LEAST_CAPABILITY = 6.0
-_VOLTA, _TURING = 7.0, 7.5
 _PYTHONS = ((3, 9), (3, 11))
 _ASK_HOROVOD = """
 import horovod.tensorflow as hvd
@@ -125,17 +124,13 @@ def look_at_gpus() -> tuple[list[Gpu], list[Finding]]:
 
 
 def _judge_capability(gpu: Gpu) -> Finding:
-    capability = gpu.compute_capability
-    item, fact = "compute capability", f"{capability:g} ({gpu.name})"
-    if capability < _LEAST_CAPABILITY:
-        return Finding(
-            item, WRONG, fact, f"TensorRT 10.4 and Triton 24.09 want {_LEAST_CAPABILITY:g}: use --profile cpu"
-        )
-    if capability == _VOLTA:
-        return Finding(item, OK, fact, "--profile v100; TensorRT 10.4 and Triton 24.09 are the last for it")
-    if capability < _TURING:
-        return Finding(item, OK, fact, "--profile gpu; later releases of Triton than 24.09 do not take it")
-    return Finding(item, OK, fact, "--profile gpu; a later Triton than 24.09 runs too, and has fewer known holes")
+    item, fact = "compute capability", f"{gpu.compute_capability:g} ({gpu.name})"
+    target = target_of(f"{gpu.compute_capability:.1f}")
+    if target is None:
+        known = ", ".join(one.compute_capability for one in TARGETS.values())
+        return Finding(item, WRONG, fact, f"Triton {TRITON} serves plans for {known}: use --profile cpu")
+    words = f"--target {target.name}, --profile {target.profile}; TensorRT {target.tensorrt} and Triton {target.triton}"
+    return Finding(item, OK, fact, words)
 
 
 def look_at_tensorrt(gpus: Sequence[Gpu]) -> Finding:
@@ -255,12 +250,12 @@ def look_at_card(artefacts: Path, gpus: Sequence[Gpu]) -> Finding:
             item, ABSENT, f"{artefacts}: no engine for a CPU and no plan", "run build_plan.sh on the GPU's machine"
         )
     try:
-        engine = EngineChoice(card.engine.kind, card.engine.precision)
-        fits = engine.fitting() == engine
+        engine = engine_here(card)
     except EngineError as error:
         return Finding(item, WRONG, str(error))
-    remedy = "" if fits else "this CPU computes it in f32, more slowly: export it here again"
-    return Finding(item, OK if fits else WRONG, f"{artefacts}: {engine}, tiles of {list(card.tile_sizes)}", remedy)
+    fits, made = engine == card.engine, f"{card.engine.kind} {card.engine.precision}"
+    remedy = "" if fits else f"not proven on such a CPU, {engine.kind} {engine.precision} serves: export here"
+    return Finding(item, OK if fits else WRONG, f"{artefacts}: {made}, tiles of {list(card.tile_sizes)}", remedy)
 
 
 def _version(package: str) -> str | None:

@@ -1,46 +1,37 @@
-"""The engine for this machine's CPU: among those that agree with the network, the one measured to be fastest."""
+"""The engine for this machine's CPU: the fastest that is proven, and one in float32 for any other CPU."""
 
 from __future__ import annotations
 
 import logging
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from export.gate.parity import BFLOAT, HALF, INTEGER, SAME_TYPE, Comparison, ParityError, Tolerance, compare
-from unet.card import Engine
-from unet.engine.cpu import CpuEngine, EngineChoice, EngineError, supported_choices
+from export.errors import ParityError
+from export.gate.parity import BFLOAT, HALF_ARITHMETIC, HALF_WEIGHTS, INTEGER, SAME_TYPE, Tolerance
+from export.gate.proof import Evidence, Step, prove
+from unet.card.records import Engine
+from unet.engine import EngineError
+from unet.engine.cpu import CpuEngine, EngineChoice, supported_choices
+from unet.names import HALF, INT8, ONNX, SAVED_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-    from typing import Any
 
-    from numpy.typing import NDArray
-
-    from export.gate.scoring import Change, Judge
+    from export.gate.proof import Note
     from export.gate.tiles import Tiles
 
 # Each engine has at least 3 turns, then turns go on up to these.
 ROUNDS, SECONDS = 9, 12.0
 UNTIMED = 2
-LARGEST_BATCH, SMALL_TILE = 16, 204
-SAVED_MODEL_NAME, SINGLE_NAME, HALF_NAME = "SavedModel", "ONNX", "FP16 ONNX"
+INT8_CHOICE = EngineChoice("openvino", "int8")
+# OpenVINO converts float16 weights while loading, so it takes the smaller file; ONNX Runtime would put casts around
+# every operator of a float16 graph on a CPU, so it takes the float32 one.
+FILE_OF = {"openvino": HALF, "onnxruntime": ONNX}
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An engine to consider: the file that it loads, that file's name among the outputs, and what it may change."""
-
-    choice: EngineChoice
-    path: Path
-    parent: str
-    tolerance: Tolerance
 
 
 @dataclass(frozen=True)
@@ -48,111 +39,84 @@ class Selection:
     """The engine that was chosen, and why.
 
     Attributes:
-        comparisons: of every engine, tile by tile.
-        changes: of every engine, in scores of held-out slices, where there are any.
-        rates: tiles of the first size per second, one at a time, of those that agree.
+        engine: the fastest that is proven.
+        fallback: the fastest in float32 that is proven.
+        rates: tiles of the first size per second, one at a time, of every engine that loads.
+        refused: why an engine that is faster, or does not load, is not taken.
     """
 
     engine: Engine
-    comparisons: list[Comparison]
-    changes: list[Change]
+    fallback: Engine
     rates: dict[str, float]
-
-
-def candidate(choice: EngineChoice, single: Path, half: Path, int8: Path | None = None) -> Candidate:
-    """The file that suits an engine, and how far its output may be from the SavedModel's.
-
-    OpenVINO converts float16 weights while loading, so it takes the smaller file; ONNX Runtime would put casts
-    around every operator of a float16 graph on a CPU, so it takes the float32 one.
-    """
-    if choice.precision == "int8":
-        if int8 is None:
-            raise EngineError("there is no INT8 file: export with --int8")
-        return Candidate(choice, int8, SINGLE_NAME, INTEGER)
-    if choice.kind == "onnxruntime":
-        return Candidate(choice, single, SINGLE_NAME, SAME_TYPE)
-    return Candidate(choice, half, HALF_NAME, BFLOAT if choice.precision == "bf16" else HALF)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def choose_engine(
-    single: Path,
-    half: Path,
-    tiles: Tiles,
-    expected: Mapping[str, Sequence[NDArray[Any]]],
-    choices: Sequence[EngineChoice] | None = None,
-    judge: Judge | None = None,
-    int8: Path | None = None,
+    files: Mapping[str, Path], evidence: Evidence, note: Note, choices: Sequence[EngineChoice] | None = None
 ) -> Selection:
-    """Load, prove and time every engine that this CPU supports.
+    """Load and time every engine that this CPU supports, then prove them from the fastest on.
 
     Args:
-        single: the float32 ONNX file.
-        half: the float16 one, in the same folder.
-        tiles: what to run on.
-        expected: probability by what gave it: of the SavedModel and of both files.
-        choices: engines to consider; None for all that this CPU supports.
-        judge: scores held-out slices, where there are any.
-        int8: the quantised network, which is considered first where it is given.
+        files: of the proven artefacts by name, and of the quantised network where there is one.
+        evidence: what to prove on, with the outputs of the artefacts.
+        note: takes each result in words.
+        choices: engines to consider beside INT8; None for all that this CPU supports.
 
     Returns:
-        The fastest that agrees, and what was measured of all.
+        The fastest that is proven, which INT8 may be, and the fastest of those in float32.
 
     Raises:
-        ParityError: none agrees; with the figure of the last.
+        ParityError: none is proven; with the figure of the last.
     """
+    considered = [*([INT8_CHOICE] if INT8 in files else []), *(choices or supported_choices())]
     engines: dict[EngineChoice, CpuEngine] = {}
-    comparisons: list[Comparison] = []
-    changes: list[Change] = []
-    fault = "there was none to try"
-    considered = [*([] if int8 is None else [EngineChoice("openvino", "int8")]), *(choices or supported_choices())]
-    candidates = {choice: candidate(choice, single, half, int8) for choice in considered}
-    for choice, entry in candidates.items():
+    refused: dict[str, str] = {}
+    for choice in considered:
         try:
-            engine = CpuEngine(entry.path, choice)
-            found = [one_by_one(engine, batch) for batch in tiles.batches]
-            for name in (SAVED_MODEL_NAME, entry.parent):
-                comparisons.append(compare(str(choice), name, found, expected[name], entry.tolerance))
-                comparisons[-1].check()
-        except (EngineError, ParityError) as error:
-            log.warning("%s is not used: %s", choice, error)
-            fault = str(error)
-            continue
-        engines[choice] = engine
-    rates = measure(engines, tiles)
+            engines[choice] = CpuEngine(files[_artefact(choice)], choice)
+        except EngineError as error:
+            _refuse(choice, error, refused)
+    rates = measure(engines, evidence.tiles)
+    proven: list[Engine] = []
     for choice in sorted(rates, key=lambda one: -rates[one]):
-        try:
-            comparisons.append(compare_batches(engines[choice], str(choice), candidates[choice].tolerance).check())
-            if judge is not None:
-                changes.append(
-                    judge.judge(str(choice), engines[choice].infer, candidates[choice].tolerance.score_ratio)
-                )
-                changes[-1].check()
-        except ParityError as error:
-            log.warning("%s is not used: %s", choice, error)
-            fault = str(error)
+        if proven and choice.precision != "f32":
             continue
-        chosen = Engine(choice.kind, choice.precision, candidates[choice].path.name, round(rates[choice], 3))
-        return Selection(chosen, comparisons, changes, {str(one): round(rate, 3) for one, rate in rates.items()})
-    raise ParityError(f"no engine for this CPU agrees with the network; the last: {fault}")
+        try:
+            proof = prove(_step(choice, engines[choice]), evidence, note)
+        except (EngineError, ParityError) as error:
+            _refuse(choice, error, refused)
+            continue
+        path = engines[choice].model_path
+        proven.append(Engine(choice.kind, choice.precision, path.name, round(rates[choice], 3), proof))
+        if choice.precision == "f32":
+            return Selection(proven[0], proven[-1], {str(one): round(rate, 3) for one, rate in rates.items()}, refused)
+    last = list(refused.values())[-1] if refused else "there was none to try"
+    raise ParityError(f"no engine in float32 for this CPU computes the network; the last: {last}")
 
 
-def one_by_one(engine: CpuEngine, batch: NDArray[np.uint8]) -> NDArray[np.float16]:
-    """The outputs of a batch whose tiles are run singly: the memory is that of one."""
-    return np.concatenate([engine.infer(batch[index : index + 1]) for index in range(len(batch))])
+def _artefact(choice: EngineChoice) -> str:
+    return INT8 if choice.precision == "int8" else FILE_OF[choice.kind]
 
 
-def compare_batches(engine: CpuEngine, name: str, tolerance: Tolerance) -> Comparison:
-    """Tiles in batches of 1 to 16 against the same tiles one by one; the batch size that differs most.
+def _step(choice: EngineChoice, engine: CpuEngine) -> Step:
+    tolerance = tolerance_of(choice)
+    parents = {SAVED_MODEL: tolerance, ONNX: tolerance}
+    if _artefact(choice) == HALF:
+        # Its outputs are those of float16 arithmetic, which an engine in float32 does not have.
+        parents = {SAVED_MODEL: tolerance, HALF: BFLOAT if choice.precision == "bf16" else HALF_ARITHMETIC}
+    return Step(str(choice), engine.model_path, engine.infer, tolerance, parents, serves=True)
 
-    Small tiles of noise do: what goes wrong at some batch sizes does so at any tile size.
-    """
-    noise = np.random.default_rng(0).integers(0, 256, (LARGEST_BATCH, 1, SMALL_TILE, SMALL_TILE), np.uint8)
-    expected = one_by_one(engine, noise)
-    found = (
-        compare(f"{name}, batch {size}", "one by one", [engine.infer(noise[:size])], [expected[:size]], tolerance)
-        for size in range(1, LARGEST_BATCH + 1)
-    )
-    return max(found, key=lambda comparison: comparison.max_difference)
+
+def tolerance_of(choice: EngineChoice) -> Tolerance:
+    """How far an engine's output may be from the SavedModel's."""
+    if choice.kind == "onnxruntime":
+        return SAME_TYPE
+    return {"int8": INTEGER, "bf16": BFLOAT, "f32": HALF_WEIGHTS}[choice.precision]
+
+
+def _refuse(choice: EngineChoice, error: Exception, refused: dict[str, str]) -> None:
+    refused[str(choice)] = str(error)
+    log.warning("%s is not used: %s", choice, error)
 
 
 def measure(engines: Mapping[EngineChoice, CpuEngine], tiles: Tiles) -> dict[EngineChoice, float]:

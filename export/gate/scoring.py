@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.gate.parity import ParityError
+from export.errors import ParityError
 from unet.files import atomic_file
 from unet.geometry import TilePlan, cheapest_tile_size, plan_tiles, predict_tiled
 from unet.intensity import find_windows
 from unet.scores import StackScores, score_stack
-from unet.volume import MASKS, LabelOptions, labels_of, open_volume, read_labels
+from unet.volume import labels_of, open_volume, read_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from unet.intensity import WindowChoice
+    from export.gate.tiles import Source
 
 MOST_SLICES = 6
 _GAP_PX = 8
@@ -35,13 +35,16 @@ class Change:
     """What a step makes of the scores.
 
     Attributes:
+        step: what was scored.
+        against: the artefact whose scores it should keep.
         v_rand: V_rand thin at its best threshold, after the step.
         v_info: V_info thin, likewise.
-        ratio: the smaller of both scores' ratios to the SavedModel's.
+        ratio: the smaller of both scores' ratios to those of ``against``.
         least: the smallest ratio that is accepted.
     """
 
     step: str
+    against: str
     v_rand: float
     v_info: float
     ratio: float
@@ -55,7 +58,7 @@ class Change:
         """
         if not self.ratio >= self.least:
             raise ParityError(
-                f"{self.step} keeps only {self.ratio:.4f} of the SavedModel's V_rand or V_info on the held-out slices, "
+                f"{self.step} keeps only {self.ratio:.4f} of {self.against}'s V_rand or V_info on the held-out slices, "
                 f"{self.least:g} is the least accepted"
             )
         return self
@@ -67,7 +70,7 @@ class Change:
     def __str__(self) -> str:
         return (
             f"{self.step} on the held-out slices: V_rand thin {self.v_rand:.4f}, V_info thin {self.v_info:.4f}, "
-            f"{self.ratio:.4f} of the SavedModel's (accepted: {self.least:g})"
+            f"{self.ratio:.4f} of those of {self.against} (accepted: {self.least:g})"
         )
 
 
@@ -120,31 +123,33 @@ class ScoredSlices:
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores steps against the SavedModel.
+    """Scores steps against an artefact that is proven, or the SavedModel.
 
     Attributes:
         slices: what is scored.
-        expected: the SavedModel's probabilities of them, float32 [n, H, W].
+        expected: that artefact's probabilities of them, float32 [n, H, W].
         before: their scores.
+        against: the artefact's name.
     """
 
     slices: ScoredSlices
     expected: NDArray[np.float32]
     before: StackScores
+    against: str
 
     @classmethod
-    def of(cls, slices: ScoredSlices, expected: NDArray[np.float32]) -> Judge:
-        """With the SavedModel's scores."""
-        return cls(slices, expected, score_stack(expected, slices.labels))
+    def of(cls, slices: ScoredSlices, expected: NDArray[np.float32], against: str) -> Judge:
+        """With the artefact's scores."""
+        return cls(slices, expected, score_stack(expected, slices.labels), against)
 
     def judge(self, step: str, infer: Callable[[NDArray[np.uint8]], NDArray[np.float16]], least: float) -> Change:
         """Score a step; not yet checked."""
         after = score_stack(self.slices.predict(infer), self.slices.labels)
         ratios = (after.best_v_rand / self.before.best_v_rand, after.best_v_info / (self.before.best_v_info or 1.0))
-        return Change(step, after.best_v_rand, after.best_v_info, min(ratios), least)
+        return Change(step, self.against, after.best_v_rand, after.best_v_info, min(ratios), least)
 
     def worst_slice_png(self, path: Path, infer: Callable[[NDArray[np.uint8]], NDArray[np.float16]]) -> float:
-        """Write the slice where an engine differs most: image, SavedModel, engine, and ten times their difference.
+        """Write the slice where an engine differs most: image, what is due, engine, and ten times their difference.
 
         Returns:
             The mean absolute difference of that slice.
@@ -163,38 +168,29 @@ class Judge:
         return float(differences[worst].mean())
 
 
-def gather_scored(
-    data_dir: Path | None,
-    tile_sizes: Sequence[int],
-    held_out: Mapping[str, Sequence[int]],
-    label_options: LabelOptions = MASKS,
-    window: WindowChoice = None,
-) -> ScoredSlices | None:
+def gather_scored(source: Source, tile_sizes: Sequence[int]) -> ScoredSlices | None:
     """The labelled slices that training did not see, at most six; None where there are none.
 
     Args:
-        data_dir: folder of the training stacks.
+        source: the training stacks.
         tile_sizes: that will be served.
-        held_out: pages kept from training, by file name.
-        label_options: how training understood the labels.
-        window: how training chose the intensity window.
 
     Raises:
         StackError: a stack cannot be read.
     """
-    for name, pages in held_out.items():
-        stack = None if data_dir is None else data_dir / name
+    for name, pages in source.held_out.items():
+        stack = None if source.data_dir is None else source.data_dir / name
         if stack is None or not pages or not stack.exists():
             continue
         labels_path = labels_of(stack)
         if labels_path is None:
             continue
-        labels = read_labels(labels_path, label_options)
+        labels = read_labels(labels_path, source.labels)
         with open_volume(stack) as reader:
             chosen = [page for page in pages if page < min(len(reader), len(labels))][:MOST_SLICES]
             # A slice that is all membrane has no cells to score.
             chosen = [page for page in chosen if (labels[page] == 1).any()]
-            windows = find_windows(reader, window)
+            windows = find_windows(reader, source.window)
             images = [windows.apply(page, reader[page]) for page in chosen]
         if images:
             size = cheapest_tile_size(images[0].shape[0], images[0].shape[1], tuple(tile_sizes))

@@ -1,8 +1,7 @@
-"""A float16 ONNX file to a TensorRT plan: ``python -m export.plan.build --artefacts artefacts --target v100``.
+"""Builds a TensorRT plan, proves it where it was built, and enters it on the card of the artefacts.
 
-One code path for TensorRT 8.6 and 10.x and for TensorRT-RTX, which builds without a GPU and so lets graph, profiles and
-shapes be checked anywhere. They differ in three places: how a network is made to compute in float16
-(`_network_flags`, `_set_precision`), and whether the GPU can be named (`_set_compute_capabilities`).
+``python -m export.plan.build --artefacts artefacts --target v100``; with ``--adopt trtexec.plan`` it takes a plan that
+``build_plan.sh`` built, and proves that.
 
 No plan of this project has been built or run on a V100 yet.
 """
@@ -10,233 +9,62 @@ No plan of this project has been built or run on a V100 yet.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.plan.targets import TARGETS, Target
-from export.plan.trtexec import BATCHES, write_script
-from export.provenance import shell, versions, write_card
+from export.errors import ExportError
+from export.gate.half_arithmetic import HalfArithmetic
+from export.gate.parity import HALF_ARITHMETIC
+from export.gate.proof import Batch, Evidence, Step, one_by_one, prove
+from export.gate.scoring import Judge, gather_scored
+from export.gate.tiles import Source, distinct_tiles, gather_tiles
+from export.plan.memory import weight_bytes
+from export.plan.serialize import build_plan, inspect_plan
+from export.plan.settings import BuildSettings, check_target
+from export.plan.trtexec import write_script
+from export.record.folder import sole_writer
+from export.record.page import write_card
+from export.record.provenance import shell, versions
+from export.steps.graph import read_model
 from unet.card import Card
+from unet.card.records import gpu_device
+from unet.engine.cpu import CpuEngine, EngineChoice
 from unet.engine.device import gpu
-from unet.engine.library import BuildLog, load_library, make_logger, release_of
-from unet.errors import UnetError, command, say
+from unet.engine.library import BuildLog, load_library
+from unet.engine.plan import PlanRunner
+from unet.engine.targets import TARGETS
+from unet.errors import command, say
 from unet.files import atomic_file
-from unet.names import HALF_FILE, INPUT, PLAN_FILE
+from unet.names import HALF, ONNX, PLAN, PLAN_FILE, SAVED_MODEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    import tensorrt
-
+    from unet.engine.device import Gpu
     from unet.engine.library import Library
 
-
 BUILD_LOG, INSPECTION = "plan.log", "plan.json"
-_GIB = 1 << 30
 
 
-class EngineBuildError(UnetError):
-    """A plan that cannot be built here, or that TensorRT did not build."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The shapes that one optimization profile of a plan serves: one tile size, every batch from the least to the most.
-
-    Attributes:
-        tile_size: height and width of the tiles.
-        batches: least, usual and largest batch; TensorRT tunes for the usual one.
-        tensor: the input that it is of.
-    """
-
-    tile_size: int
-    batches: tuple[int, int, int] = BATCHES
-    tensor: str = INPUT
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The input's least, usual and largest shape, [N, 1, S, S]."""
-        return tuple((batch, 1, self.tile_size, self.tile_size) for batch in self.batches)
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """How a plan is built.
-
-    Attributes:
-        profiles: one for each tile size; their order is that of the card's tile sizes.
-        workspace_bytes: most scratch memory that a layer may take on the GPU.
-        optimization_level: 0 to 5, how long TensorRT looks for faster kernels.
-        timing_cache: file that keeps measured kernels from one build to the next; None for none.
-        compute_capabilities: GPUs to build for, where the library builds for others than the present one.
-    """
-
-    profiles: tuple[Profile, ...]
-    workspace_bytes: int = 4 * _GIB
-    optimization_level: int = 5
-    timing_cache: Path | None = None
-    compute_capabilities: tuple[str, ...] = ()
-
-
-def check_target(target: Target, version: str, compute_capability: str) -> None:
-    """Refuse a TensorRT or a GPU that a target's plan cannot be built with.
-
-    Raises:
-        EngineBuildError: naming both sides.
-    """
-    release = release_of(version)
-    if release < target.oldest or (target.newest is not None and release > target.newest):
-        last = ".".join(map(str, target.newest)) if target.newest else "any newer one"
-        raise EngineBuildError(
-            f"TensorRT {version} does not build for compute capability {target.compute_capability}: install "
-            f"{'.'.join(map(str, target.oldest))} to {last}"
-        )
-    if compute_capability != target.compute_capability:
-        raise EngineBuildError(
-            f"this GPU has compute capability {compute_capability}, the target {target.compute_capability}: build on "
-            "the machine that serves, or name its --target"
-        )
-
-
-def _network_flags(trt: Library) -> int:
-    """Types as they are in the ONNX file where the library can (10.x, RTX); 8.6 must be told of explicit batches."""
-    flags = trt.NetworkDefinitionCreationFlag
-    chosen = flags.STRONGLY_TYPED if hasattr(flags, "STRONGLY_TYPED") else flags.EXPLICIT_BATCH
-    return 1 << int(chosen)
-
-
-def _set_precision(trt: Library, config: tensorrt.IBuilderConfig) -> None:
-    """8.6 chooses types by speed: float16 must be allowed, and the file's types be kept."""
-    if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
-        config.set_flag(trt.BuilderFlag.FP16)
-        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-
-
-def _set_compute_capabilities(trt: Library, config: Any, wanted: Sequence[str]) -> None:
-    """Name the GPUs to build for, which only TensorRT-RTX can; TensorRT builds for the present one."""
-    if not wanted:
-        return
-    if not hasattr(trt, "ComputeCapability"):
-        raise EngineBuildError(f"TensorRT {trt.__version__} builds for the present GPU only: leave the others out")
-    config.num_compute_capabilities = len(wanted)
-    for index, capability in enumerate(wanted):
-        member = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}", None)
-        if member is None or not config.set_compute_capability(member, index):
-            raise EngineBuildError(
-                f"{trt.__name__} {trt.__version__} does not build for compute capability {capability}"
-            )
-
-
-def _parse(trt: Library, network: tensorrt.INetworkDefinition, logger: tensorrt.ILogger, model: Path) -> None:
-    try:
-        content = model.read_bytes()
-    except OSError as error:
-        raise EngineBuildError(f"{model} cannot be read ({error.strerror}): export it with export/main.py") from error
-    parser = trt.OnnxParser(network, logger)
-    if not content or not parser.parse(content):
-        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)] or ["it is empty"]
-        raise EngineBuildError(
-            f"{model} is no ONNX graph that TensorRT takes ({' '.join(reasons[-1].split())}): export it again with "
-            "export/main.py"
-        )
-
-
-def _add_profiles(
-    builder: tensorrt.Builder,
-    config: tensorrt.IBuilderConfig,
-    network: tensorrt.INetworkDefinition,
-    profiles: Sequence[Profile],
-) -> None:
-    inputs = [network.get_input(index).name for index in range(network.num_inputs)]
-    if not profiles:
-        raise EngineBuildError("a plan for tiles of dynamic size needs an optimization profile: name a tile size")
-    for number, wanted in enumerate(profiles):
-        if wanted.tensor not in inputs:
-            raise EngineBuildError(
-                f"profile {number} is of the input {wanted.tensor}, the graph has {', '.join(inputs)}: export it again"
-            )
-        profile = builder.create_optimization_profile()
-        least, usual, most = wanted.shapes
-        profile.set_shape(wanted.tensor, least, usual, most)
-        if config.add_optimization_profile(profile) != number:
-            raise EngineBuildError(
-                f"TensorRT refuses profile {number}, tiles of {wanted.tile_size} in batches of {wanted.batches[0]}, "
-                f"{wanted.batches[1]} and {wanted.batches[2]}: the least must not be above the usual, nor that above "
-                "the largest, and the graph must take them"
-            )
-
-
-def build_plan(trt: Library, model: Path, settings: BuildSettings, log: BuildLog) -> bytes:
-    """Build a serialized plan.
-
-    Args:
-        trt: the library, see `load_library`.
-        model: float16 ONNX file with the input `image`, UINT8 [N, 1, H, W].
-        settings: how.
-        log: takes all that the library says.
-
-    Returns:
-        The plan, to be written to a file.
-
-    Raises:
-        EngineBuildError: the file is no graph that TensorRT takes, a profile does not fit it, or the build failed.
-    """
-    logger = make_logger(trt, log)
-    builder = trt.Builder(logger)
-    network = builder.create_network(_network_flags(trt))
-    _parse(trt, network, logger, model)
-    config = builder.create_builder_config()
-    _set_precision(trt, config)
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
-    config.builder_optimization_level = settings.optimization_level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    _set_compute_capabilities(trt, config, settings.compute_capabilities)
-    _add_profiles(builder, config, network, settings.profiles)
-    with _timing_cache(config, settings.timing_cache):
-        plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise EngineBuildError(f"TensorRT {trt.__version__} built no plan of {model}: {log.last_error}")
-    return bytes(plan)
-
-
-@contextlib.contextmanager
-def _timing_cache(config: tensorrt.IBuilderConfig, path: Path | None) -> Iterator[None]:
-    """Let a build use what former ones measured, and keep what it adds."""
-    if path is None:
-        yield
-        return
-    former = path.read_bytes() if path.exists() else b""
-    # Another GPU's or release's cache is refused, and replaced after the build.
-    if not config.set_timing_cache(config.create_timing_cache(former), False):
-        config.set_timing_cache(config.create_timing_cache(b""), False)
-    yield
-    with atomic_file(path) as aside:
-        aside.write_bytes(bytes(config.get_timing_cache().serialize()))
-
-
-def inspect_plan(trt: Library, plan: bytes, log: BuildLog) -> str:
-    """What a plan consists of, layer by layer, as TensorRT's own JSON. Needs the GPU that the plan is for.
-
-    Raises:
-        EngineBuildError: the plan cannot be loaded here.
-    """
-    engine = trt.Runtime(make_logger(trt, log)).deserialize_cuda_engine(plan)
-    if engine is None:
-        raise EngineBuildError(f"TensorRT {trt.__version__} cannot load the plan that it built: {log.last_error}")
-    inspector = engine.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def build_into(artefacts: Path, target_name: str, settings: BuildSettings | None = None) -> Path:
-    """Build the plan of exported artefacts for the GPU of this machine, and enter it on their card.
+def build_into(
+    artefacts: Path,
+    target_name: str,
+    report: Callable[[str], None],
+    *,
+    adopt: Path | None = None,
+    data_dir: Path | None = None,
+    settings: BuildSettings | None = None,
+) -> Path:
+    """Build the plan of exported artefacts for this machine's GPU, or take one, prove it, and enter it on the card.
 
     Args:
         artefacts: folder that export/main.py wrote; the plan, its log and TensorRT's inspection come beside the rest.
         target_name: one of `TARGETS`.
+        report: takes each line of progress.
+        adopt: a plan that trtexec built, instead of building one.
+        data_dir: folder with a ``*-volume.tif`` to prove on; None takes the default one, see `data_folder`.
         settings: how; by default one profile for each of the card's tile sizes, and a timing cache beside the folder.
 
     Returns:
@@ -244,74 +72,141 @@ def build_into(artefacts: Path, target_name: str, settings: BuildSettings | None
 
     Raises:
         CardError: the artefacts are not what their card says.
-        EngineBuildError: there is no such TensorRT or GPU, or the build failed; its log is kept.
+        ExportError: the build failed, its log is kept; or another process writes into the folder.
+        EngineError: there is no such TensorRT or GPU, or it does not load the plan.
+        ParityError: the plan does not compute the network; it is not kept.
     """
-    card = Card.load(artefacts)
-    model = card.verify("onnx_fp16")
-    trt = load_library("tensorrt")
-    device = gpu()
-    check_target(TARGETS[target_name], trt.__version__, device.compute_capability)
-    settings = settings or BuildSettings(
-        tuple(Profile(size) for size in card.tile_sizes), timing_cache=artefacts.resolve().with_suffix(".timing")
-    )
-    log = BuildLog()
-    started = time.perf_counter()
+    with sole_writer(artefacts):
+        card = Card.load(artefacts)
+        card.verify(HALF)
+        trt, device = load_library("tensorrt"), gpu()
+        check_target(TARGETS[target_name], trt.__version__, device.compute_capability)
+        settings = settings or BuildSettings.of(card.tile_sizes, artefacts.resolve().with_suffix(".timing"))
+        started, log = time.perf_counter(), BuildLog()
+        try:
+            plan = _read(adopt) if adopt else build_plan(trt, card.verify(HALF), settings, log)
+            inspection = inspect_plan(trt, plan, log)
+        finally:
+            (artefacts / BUILD_LOG).write_text(str(log), encoding="utf-8")
+        report(f"{PLAN}: {'taken from ' + str(adopt) if adopt else f'built in {time.perf_counter() - started:.0f} s'}")
+        words = ["python", "-m", "export.plan.build", "--artefacts", ".", "--target", target_name]
+        words += ["--adopt", adopt.name] if adopt else []
+        path = keep_plan(card, plan, trt, device, data_dir, shell(*words), report)
+        with atomic_file(artefacts / INSPECTION) as aside:
+            aside.write_text(inspection, encoding="utf-8")
+        write_script(artefacts, settings, target_name)
+        return path
+
+
+def _read(plan: Path) -> bytes:
     try:
-        plan = build_plan(trt, model, settings, log)
-        inspection = inspect_plan(trt, plan, log)
-    finally:
-        (artefacts / BUILD_LOG).write_text(str(log), encoding="utf-8")
-    return keep_plan(
-        card,
-        plan,
-        inspection,
-        shell("python", "-m", "export.plan.build", "--artefacts", ".", "--target", target_name),
-        versions("pycuda") | {"tensorrt": trt.__version__},
-        compute_capability=device.compute_capability,
-        gpu=device.name,
-        profiles=[served.shapes for served in settings.profiles],
-        build_s=round(time.perf_counter() - started, 1),
-    )
+        return plan.read_bytes()
+    except OSError as error:
+        raise ExportError(f"{plan} cannot be read ({error.strerror}): name the plan that trtexec wrote") from error
 
 
 def keep_plan(
-    card: Card, plan: bytes, inspection: str, command: str, made_with: Mapping[str, str], **facts: Any
+    card: Card,
+    plan: bytes,
+    trt: Library,
+    device: Gpu,
+    data_dir: Path | None,
+    made_by: str,
+    report: Callable[[str], None],
 ) -> Path:
-    """Write a plan and its inspection beside the artefacts that it was built from, and enter it on their card.
+    """Prove a plan on the GPU, write it beside the artefacts that it was built from, and enter it on their card.
 
     Args:
         card: of the artefacts.
         plan: the serialized plan.
-        inspection: what it consists of, see `inspect_plan`.
-        command: the command that builds it.
-        made_with: versions of the tools.
-        **facts: what else the card is to know of it.
+        trt: the library that built it.
+        device: the GPU.
+        data_dir: folder with a ``*-volume.tif`` to prove on; None takes the default one, see `data_folder`.
+        made_by: the command that makes it.
+        report: takes each line of progress.
 
     Returns:
         The plan.
+
+    Raises:
+        ParityError: it does not compute the network.
+        EngineError: the GPU does not run it.
+        ExportError: it has not a profile for each of the card's tile sizes.
+        CardError: the artefacts changed meanwhile.
     """
     path = card.folder / PLAN_FILE
-    for file, content in ((path, plan), (card.folder / INSPECTION, inspection.encode())):
-        with atomic_file(file) as aside:
-            aside.write_bytes(content)
-    write_script(card.folder, HALF_FILE, card.tile_sizes)
-    card.record("plan", path, "onnx_fp16", command, versions=made_with, **facts)
+    held_out = card.artefacts[SAVED_MODEL].facts.get("held_out", {})
+    source = Source.of(data_dir, held_out, card.model["training"])
+    with atomic_file(path) as aside:
+        aside.write_bytes(plan)
+        with PlanRunner(plan, trt) as runner:
+            if set(runner.tile_sizes) != set(card.tile_sizes):
+                raise ExportError(
+                    f"the plan is for tiles of {list(runner.tile_sizes)}, the artefacts for {list(card.tile_sizes)}: "
+                    "build it with their build_plan.sh"
+                )
+            evidence = gather_evidence(card, source, runner.max_batch_size)
+            parents = dict.fromkeys((ONNX, HALF), HALF_ARITHMETIC)
+            on = gpu_device(device.compute_capability)
+            step = Step(PLAN, aside, runner.infer, HALF_ARITHMETIC, parents, serves=True, device=on)
+            proof = prove(step, evidence, report)
+            facts = plan_facts(card, runner, device)
+    card.record(
+        PLAN, path, HALF, made_by, proof=proof, versions=versions("pycuda") | {"tensorrt": trt.__version__}, **facts
+    )
     write_card(card)
     return path
 
 
+def plan_facts(card: Card, runner: PlanRunner, device: Gpu) -> dict[str, Any]:
+    """What publishing must know of a plan: for which GPU and shapes it is, and what it takes of the GPU's memory."""
+    return {
+        "compute_capability": device.compute_capability,
+        "gpu": device.name,
+        "profiles": [[list(shape) for shape in profile] for profile in runner.profiles],
+        "max_batch_size": runner.max_batch_size,
+        "context_bytes": runner.context_bytes,
+        "weight_bytes": weight_bytes(read_model(card.verify(HALF))),
+    }
+
+
+def gather_evidence(card: Card, source: Source, largest_batch: int) -> Evidence:
+    """What a plan is proven on, and what the exported files make of it on the CPU.
+
+    Args:
+        card: of the artefacts.
+        source: the stacks.
+        largest_batch: of the plan.
+    """
+    exact = CpuEngine(card.verify(ONNX), EngineChoice("onnxruntime", "f32"))
+    runs = {ONNX: exact.infer, HALF: HalfArithmetic(read_model(card.verify(HALF))).infer}
+    tiles = gather_tiles(source, card.tile_sizes)
+    outputs = {name: [one_by_one(infer, batch) for batch in tiles.batches] for name, infer in runs.items()}
+    batches = []
+    for size in card.tile_sizes:
+        distinct = distinct_tiles(source, size, largest_batch)
+        batches.append(Batch(distinct, {name: one_by_one(infer, distinct) for name, infer in runs.items()}))
+    scored = gather_scored(source, card.tile_sizes)
+    judge = Judge.of(scored, scored.predict(exact.infer), ONNX) if scored else None
+    return Evidence(tiles, outputs, batches, judge)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build a plan from the command line."""
-    arguments = argparse.ArgumentParser(
+    """Build or adopt a plan from the command line."""
+    parser = argparse.ArgumentParser(
         prog="python -m export.plan.build",
-        description="Build the TensorRT plan of exported artefacts, on the machine with the GPU that will run it.",
+        description="Build the TensorRT plan of exported artefacts on the machine with the GPU that will run it, prove "
+        "it there, and enter it on the card.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    arguments.add_argument("--artefacts", type=Path, default=Path("artefacts"), help="folder that export/main.py wrote")
-    arguments.add_argument("--target", choices=list(TARGETS), default="v100", help="the GPU")
-    chosen = arguments.parse_args(argv)
-    say(f"built and on the card: {build_into(chosen.artefacts, chosen.target)}")
+    parser.add_argument("--artefacts", type=Path, default=Path("artefacts"), help="folder that export/main.py wrote")
+    parser.add_argument("--target", choices=list(TARGETS), default="v100", help="the GPU")
+    parser.add_argument("--adopt", type=Path, help="a plan that build_plan.sh built with trtexec, instead of building")
+    parser.add_argument("--data_dir", type=Path, help="folder with the *-volume.tif to prove it on")
+    chosen = parser.parse_args(argv)
+    path = build_into(chosen.artefacts, chosen.target, say, adopt=chosen.adopt, data_dir=chosen.data_dir)
+    say(f"built, proven and on the card: {path}")
     return 0
 
 

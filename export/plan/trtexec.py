@@ -1,50 +1,55 @@
-"""The ``trtexec`` command that builds a TensorRT plan on the machine that will run it."""
+"""The ``trtexec`` command that builds a TensorRT plan on the machine that will run it, as `build_plan` does."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from export.provenance import shell
+from export.record.provenance import shell
+from unet.engine.targets import TARGETS
 from unet.files import atomic_file
-from unet.names import INPUT, PLAN_FILE
+from unet.names import HALF_FILE, INPUT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
+    from export.plan.settings import BuildSettings
+
 SCRIPT = "build_plan.sh"
-BATCHES = (1, 8, 16)
+# What trtexec leaves, unproven and not on the card.
+UNPROVEN = "trtexec.plan"
 
 
-def plan_command(model: str, plan: str, tile_sizes: Sequence[int], batches: Sequence[int] = BATCHES) -> str:
-    """The command for TensorRT 10: one optimization profile per tile size, from the least to the largest batch.
+def plan_command(model: str, plan: str, settings: BuildSettings) -> str:
+    """The command for TensorRT 10, with the same settings as the build through Python.
 
     Args:
         model: the float16 ONNX file.
         plan: the plan to write.
-        tile_sizes: sides of the tiles.
-        batches: least, usual and largest batch.
+        settings: how.
     """
     words = ["trtexec", f"--onnx={model}", f"--saveEngine={plan}", "--stronglyTyped", "--skipInference"]
-    for profile, size in enumerate(tile_sizes):
-        words.append(f"--profile={profile}")
-        words += [
-            f"--{kind}Shapes={INPUT}:{batch}x1x{size}x{size}" for kind, batch in zip(("min", "opt", "max"), batches)
-        ]
+    words += [f"--builderOptimizationLevel={settings.optimization_level}", "--profilingVerbosity=detailed"]
+    words.append(f"--memPoolSize=workspace:{settings.workspace_bytes >> 20}")
+    for number, profile in enumerate(settings.profiles):
+        words.append(f"--profile={number}")
+        for kind, shape in zip(("min", "opt", "max"), profile.shapes):
+            words.append(f"--{kind}Shapes={INPUT}:{'x'.join(map(str, shape))}")
     return shell(*words)
 
 
-def write_script(folder: Path, model: str, tile_sizes: Sequence[int]) -> Path:
+def write_script(folder: Path, settings: BuildSettings, target: str) -> Path:
     """Write the command as a script into ``folder``; returns its path."""
     path = folder / SCRIPT
+    adopt = shell("python", "-m", "export.plan.build", "--artefacts", ".", "--target", target, "--adopt", UNPROVEN)
     text = (
         "#!/bin/sh\n"
-        f"# Builds {PLAN_FILE} beside this script, as python -m export.plan.build does.\n"
-        "# Run it on the machine that will serve:\n"
-        "# a plan fits only the GPU and the TensorRT that built it. TensorRT 10.4 is the last release for a V100.\n"
+        f"# Builds {UNPROVEN} beside this script, with the settings of python -m export.plan.build.\n"
+        "# Run it on the machine that will serve: a plan fits only the GPU and the TensorRT that built it, here\n"
+        f"# TensorRT {TARGETS[target].tensorrt}. Then prove it and enter it on the card:\n"
+        f"#   {adopt}\n"
         "set -eu\n"
         'cd "$(dirname "$0")"\n'
-        f"exec {plan_command(model, PLAN_FILE, tile_sizes)}\n"
+        f"exec {plan_command(HALF_FILE, UNPROVEN, settings)}\n"
     )
     with atomic_file(path) as aside:
         aside.write_text(text, encoding="utf-8")

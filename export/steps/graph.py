@@ -6,44 +6,45 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unet.errors import UnetError
+from export.errors import ExportError
 from unet.files import atomic_file
+from unet.machine import thread_limit
 from unet.names import INPUT, OUTPUT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
 
 OPSET = 17
 LOGITS = "logits"
 
-# All are in the operator lists of TensorRT 8.6 and 10.4, and of OpenVINO. What moves data about (Transpose) or
+# All are in the operator lists of TensorRT 10.4 and of OpenVINO. What moves data about (Transpose) or
 # computes shapes while running (Shape, Loop, If, Gather, Pad ...) is a sign of a conversion that went astray.
 ALLOWED_OPS = frozenset(
     {"Cast", "Concat", "Conv", "DepthToSpace", "MaxPool", "Mul", "Relu", "Sigmoid", "Slice", "Softmax", "Sub"}
 )
 
 
-class GraphError(UnetError):
-    """A graph that is not what the exporter promises."""
-
-
 def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Read and check an ONNX file.
 
     Raises:
-        GraphError: it is missing, or not a valid model.
+        ExportError: it is missing, or not a valid model.
     """
     import onnx
 
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise GraphError(f"{path} cannot be read ({error.strerror}): name an ONNX file") from error
+        raise ExportError(f"{path} cannot be read ({error.strerror}): name an ONNX file") from error
     try:
         model = onnx.load_model_from_string(content)
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf and the checker share no base class
-        raise GraphError(f"{path} is not a valid ONNX model: export it again") from error
+        raise ExportError(f"{path} is not a valid ONNX model: export it again") from error
     return model
 
 
@@ -61,21 +62,21 @@ def check_graph(model: onnx.ModelProto, *, half: bool) -> None:
         half: whether it must compute in float16 throughout, else in float32.
 
     Raises:
-        GraphError: with the first fault found.
+        ExportError: with the first fault found.
     """
     import onnx
 
     graph = model.graph
     foreign = sorted({node.op_type for node in graph.node} - ALLOWED_OPS)
     if foreign:
-        raise GraphError(
+        raise ExportError(
             f"the graph has the operators {', '.join(foreign)}, which must not be in it: report this network"
         )
     _check_interface(graph)
     names = [i.name for i in graph.initializer]
     used = {name for node in graph.node for name in node.input}
     if len(set(names)) != len(names) or not set(names) <= used:
-        raise GraphError("the graph stores weights twice or unused: report this network")
+        raise ExportError("the graph stores weights twice or unused: report this network")
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     wanted, stray = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
     if not half:
@@ -85,7 +86,9 @@ def check_graph(model: onnx.ModelProto, *, half: bool) -> None:
     wrong = sorted(name for name, kind in types.items() if kind == stray)
     if wrong or wanted not in types.values():
         kinds = onnx.TensorProto.DataType.Name
-        raise GraphError(f"{', '.join(wrong[:3])} are {kinds(stray)} where {kinds(wanted)} is due: report this network")
+        raise ExportError(
+            f"{', '.join(wrong[:3])} are {kinds(stray)} where {kinds(wanted)} is due: report this network"
+        )
 
 
 def _check_interface(graph: Any) -> None:
@@ -95,7 +98,7 @@ def _check_interface(graph: Any) -> None:
     fixed = [None, 1, None, None]
     expected = [(INPUT, onnx.TensorProto.UINT8, fixed), (OUTPUT, onnx.TensorProto.FLOAT16, fixed)]
     if found != expected:
-        raise GraphError(f"the graph has the inputs and outputs {found} where {expected} are due: report this network")
+        raise ExportError(f"the graph has the inputs and outputs {found} where {expected} are due: report this network")
 
 
 def _fixed(value: Any) -> list[int | None]:
@@ -127,3 +130,14 @@ def with_logits(model: onnx.ModelProto) -> onnx.ModelProto:
     softmax.input[0] = LOGITS
     copy.graph.output.append(onnx.helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, ["N", 2, None, None]))
     return copy
+
+
+def run_logits(model: onnx.ModelProto, batches: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+    """The logits of tiles, [N, 1, S, S] each, by ONNX Runtime: float32 [N, 2, S - 184, S - 184] each."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_limit() or 0
+    content = with_logits(model).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return [session.run([LOGITS], {INPUT: batch})[0] for batch in batches]

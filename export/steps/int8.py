@@ -1,7 +1,7 @@
-"""INT8 for CPUs: ``export/main.py --int8`` offers an engine whose convolutions compute in 8-bit integers.
+"""INT8 for CPUs: an engine whose convolutions compute in 8-bit integers.
 
 NNCF quantises the network after training: the ranges of activations are taken from slices that training saw. Scores of
-slices that it did not see decide whether the engine is offered, as for every other one.
+slices that it did not see decide whether the engine is taken, as for every other one.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import contextlib
 import io
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export.errors import ExportError
 from unet.engine.cpu import IR_ENTRIES
-from unet.errors import UnetError
 from unet.files import atomic_file
 from unet.names import INPUT
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class QuantisationError(UnetError):
-    """A network that cannot be quantised here."""
+def can_quantise() -> bool:
+    """Whether NNCF is installed."""
+    return find_spec("nncf") is not None
 
 
 def quantise(model: Path, calibration: Sequence[NDArray[np.uint8]], path: Path) -> None:
@@ -39,17 +41,17 @@ def quantise(model: Path, calibration: Sequence[NDArray[np.uint8]], path: Path) 
         path: file to write: both parts of OpenVINO's format in one uncompressed ZIP.
 
     Raises:
-        QuantisationError: NNCF is not installed, or there is nothing to calibrate on.
+        ExportError: NNCF is not installed, or there is nothing to calibrate on.
     """
     try:
         import nncf
         import openvino
     except ImportError as error:
-        raise QuantisationError(
-            f"INT8 needs NNCF ({error}): pip install 'unet-medical-triton[int8]', or leave --int8 out"
+        raise ExportError(
+            f"INT8 needs NNCF ({error}): pip install 'unet-medical-triton[int8]', or export with --no_int8"
         ) from error
     if not calibration:
-        raise QuantisationError("there are no tiles to calibrate INT8 on: name the training stacks with --data_dir")
+        raise ExportError("there are no tiles to calibrate INT8 on: name the training stacks with --data_dir")
     nncf.set_log_level(40)
     network = prepared(model)
     data = nncf.Dataset([{INPUT: tile} for tile in calibration])

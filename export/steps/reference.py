@@ -1,4 +1,7 @@
-"""The SavedModel itself, run by TensorFlow: what every later step is measured against."""
+"""The SavedModel itself, run by TensorFlow on the CPU: what every later step is measured against.
+
+A GPU would multiply float32 in fewer digits (TF32), and some of its sums depend on chance.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unet.errors import UnetError, command
+from export.errors import ExportError
+from unet.errors import command
 from unet.intensity import normalise
 from unet.names import OUTPUT
 
@@ -20,24 +24,29 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# No GPU, and no float32 that is multiplied as bfloat16 because a user's environment allows it.
+_EXACT = {"CUDA_VISIBLE_DEVICES": "-1", "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT"}
 SIGNATURES = ("serving_default", "network")
 
 
-class SavedModelError(UnetError):
-    """A folder that is not a SavedModel of this project."""
-
-
 def import_tensorflow() -> Any:
-    """TensorFlow, without its start-up chatter.
+    """TensorFlow on the CPU, deterministic, in float32 throughout, without its start-up chatter.
 
     Raises:
-        SavedModelError: it is not installed.
+        ExportError: it is not installed, or was already started on a GPU in this process.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.update(_EXACT)
+    os.environ.pop("TF_SET_ONEDNN_FPMATH_MODE", None)
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise SavedModelError("TensorFlow is not installed: pip install 'unet-medical-triton[export]'") from error
+        raise ExportError("TensorFlow is not installed: pip install 'unet-medical-triton[export]'") from error
+    try:
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError as error:
+        raise ExportError("TensorFlow already runs on a GPU in this process: export in a process of its own") from error
+    tf.config.experimental.enable_op_determinism()
     return tf
 
 
@@ -45,19 +54,19 @@ def load_signature(path: str | os.PathLike[str], name: str) -> Any:
     """A SavedModel's signature as a function of named tensors.
 
     Raises:
-        SavedModelError: there is no SavedModel, or it has no such signature.
+        ExportError: there is no SavedModel, or it has no such signature.
     """
     tf = import_tensorflow()
     if not (Path(path) / "saved_model.pb").is_file():
-        raise SavedModelError(f"{path} is not a SavedModel: name the --model_dir of a finished training run")
+        raise ExportError(f"{path} is not a SavedModel: name the --model_dir of a finished training run")
     try:
         loaded = tf.saved_model.load(str(path))
     except Exception as error:  # TensorFlow's own kinds vary with what is broken
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SavedModelError(f"{path} cannot be loaded as a SavedModel ({reason}): write it again") from error
+        raise ExportError(f"{path} cannot be loaded as a SavedModel ({reason}): write it again") from error
     if name not in loaded.signatures:
         known = ", ".join(sorted(loaded.signatures)) or "none"
-        raise SavedModelError(f"{path} has no signature {name} (it has {known}): write it with train/main.py")
+        raise ExportError(f"{path} has no signature {name} (it has {known}): write it with train/main.py")
     signature = loaded.signatures[name]
     signature.owner = loaded  # the variables live as long as their owner
     return signature
@@ -93,7 +102,7 @@ class Outputs:
 
     Attributes:
         probability: for each batch of tiles, float16 [N, 1, S - 184, S - 184].
-        first_logits: of each batch's first tile, float32 [1, 2, S - 184, S - 184].
+        first_logits: of the first tile of the first batches, float32 [1, 2, S - 184, S - 184].
         parameters: number of trained weights.
     """
 
@@ -105,13 +114,9 @@ class Outputs:
     def read(cls, path: Path) -> Outputs:
         """Read what `main` wrote."""
         with np.load(path) as stored:
-            count = len(stored.files) // 2
-            batches = range(count)
-            return cls(
-                [stored[f"probability_{index}"] for index in batches],
-                [stored[f"logits_{index}"] for index in batches],
-                int(stored["parameters"]),
-            )
+            kinds = ("probability", "logits")
+            probability, logits = ([stored[name] for name in stored.files if name.startswith(kind)] for kind in kinds)
+            return cls(probability, logits, int(stored["parameters"]))
 
 
 def parameter_count(path: str | os.PathLike[str]) -> int:
@@ -126,10 +131,11 @@ def parameter_count(path: str | os.PathLike[str]) -> int:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a SavedModel on stored tiles: ``python -m export.steps.reference SAVED_MODEL TILES.npz OUTPUTS.npz``."""
+    """Run a SavedModel on stored tiles: ``python -m export.steps.reference SAVED_MODEL TILES.npz 2 OUTPUTS.npz``."""
     parser = argparse.ArgumentParser(prog="export.steps.reference", description="Run a SavedModel on stored tiles.")
     parser.add_argument("saved_model", type=Path)
     parser.add_argument("tiles", type=Path, help=".npz of batches, uint8 [N, 1, S, S] each")
+    parser.add_argument("logits", type=int, help="of how many of the batches the first tile's logits are wanted")
     parser.add_argument("outputs", type=Path, help=".npz to write")
     chosen = parser.parse_args(argv)
     reference = Reference(chosen.saved_model)
@@ -137,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with np.load(chosen.tiles) as batches:
         for index, name in enumerate(batches.files):
             values[f"probability_{index}"] = reference.probability(batches[name])
-            values[f"logits_{index}"] = reference.logits(batches[name][:1])
+            if index < chosen.logits:
+                values[f"logits_{index}"] = reference.logits(batches[name][:1])
     np.savez(chosen.outputs, **values)
     return 0
 

@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.steps.graph import OPSET, GraphError, check_graph, write_model
+from export.errors import ExportError
+from export.steps.graph import OPSET, check_graph, write_model
 from export.steps.reference import import_tensorflow, load_signature
 from unet import __version__
 from unet.errors import command, say
@@ -31,8 +32,8 @@ def convert(saved_model: str | os.PathLike[str]) -> onnx.ModelProto:
         in float32; normalisation is in it.
 
     Raises:
-        SavedModelError: the SavedModel is not one of this project's.
-        GraphError: the conversion gave something else than the network alone.
+        ExportError: the SavedModel is not one of this project's, or the conversion gave something else than the network
+            alone.
     """
     tf = import_tensorflow()
     import tf2onnx
@@ -138,7 +139,7 @@ def _name_ports(model: onnx.ModelProto) -> None:
     for value, symbols in ((graph.input[0], ("N", "H", "W")), (graph.output[0], ("N", "H_out", "W_out"))):
         dims = value.type.tensor_type.shape.dim
         if len(dims) != 4:
-            raise GraphError(f"{value.name} has {len(dims)} dimensions where 4 are due: report this network")
+            raise ExportError(f"{value.name} has {len(dims)} dimensions where 4 are due: report this network")
         for index, symbol in zip((0, 2, 3), symbols):
             dims[index].dim_param = symbol
     graph.name = "unet"

@@ -55,7 +55,7 @@ def served_engine(artefacts: Path, connection: Connection) -> Iterator[Infer]:
     if parameters["profile"].string_value != "cpu":
         from unet.engine.plan import PlanRunner
 
-        with PlanRunner(artefacts) as runner:
+        with PlanRunner.load(artefacts) as runner:
             yield runner.infer
         return
     yield load_engine(Card.load(artefacts), instance_threads(connection)).infer

@@ -6,11 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from serve.models.errors import RepositoryError as RepositoryError
+from serve.models.plan_fit import check_plan
 from unet.card import CARD_FILE, Card, CardError
+from unet.card.records import gpu_device
 from unet.config import setting
 from unet.engine.cpu import EngineChoice
 from unet.engine.memory import bytes_per_pixel, largest_tile, total_memory
-from unet.errors import UnetError
 from unet.files import sha256_of
 from unet.geometry import is_valid_size, output_size
 from unet.machine import numa_nodes
@@ -20,10 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONFIG_FILE, BACKEND_CODE_FILE = "config.pbtxt", "model.py"
-
-
-class RepositoryError(UnetError):
-    """A model that cannot be published or served."""
 
 
 @dataclass(frozen=True)
@@ -149,23 +147,20 @@ class ModelSettings:
 
 
 def engine_file(card: Card, settings: ModelSettings) -> Path:
-    """The checked file that a profile serves: what the card's CPU engine loads, or the plan.
+    """The proven file that a profile serves: what the card's CPU engine loads, or the plan.
 
     Raises:
         CardError: it is missing, not what the card says, or the card has none for this profile.
-        RepositoryError: the plan is for another GPU.
+        RepositoryError: the server cannot run the plan as it is to be published.
     """
     if not settings.machine.on_gpu:
         return card.verify_engine()
     for name, artefact in card.artefacts.items():
         if artefact.file == PLAN_FILE:
-            wanted, built = settings.machine.compute_capability, artefact.facts.get("compute_capability")
-            if wanted and built and str(built) != wanted:
-                raise RepositoryError(
-                    f"{card.folder / PLAN_FILE} was built for compute capability {built}, the profile "
-                    f"{settings.profile} is for {wanted}: build it there, or publish it with --profile gpu"
-                )
-            return card.verify(name)
+            capability = settings.machine.compute_capability
+            path = card.folder / PLAN_FILE
+            check_plan(path, artefact, capability, settings.max_batch_size, settings.instance_count)
+            return card.verify_proven(name, gpu_device(str(artefact.facts["compute_capability"])))
     raise CardError(
         f"{card.folder / CARD_FILE} lists no {PLAN_FILE}, which the profile {settings.profile} serves: build the plan "
         "on the machine with the GPU first, or publish with --profile cpu"

@@ -32,7 +32,7 @@ LOGGER = logging.getLogger(__name__)
 BACKEND_CODE = Path(__file__).resolve().parent / "python_backend" / BACKEND_CODE_FILE
 # What that imports of the project; a version carries it, so that it needs no project where it is served.
 BACKEND_MODULES = (
-    *("__init__", "card", "engine/__init__", "engine/cpu", "engine/memory"),
+    *("__init__", "card/__init__", "card/records", "engine/__init__", "engine/cpu", "engine/memory"),
     *("errors", "files", "geometry", "machine", "names"),
 )
 KEEP = 5
@@ -80,6 +80,9 @@ def publish(
     engine = engine_file(card, settings)
     files = {engine.name: engine, CARD_FILE: card.folder / CARD_FILE}
     if not settings.machine.on_gpu:
+        if card.fallback is not None:
+            fallback = card.verify_engine(card.fallback)
+            files[fallback.name] = fallback
         files[BACKEND_CODE_FILE] = BACKEND_CODE
         package = Path(unet.__file__).parent
         files |= {f"{package.name}/{name}.py": package / f"{name}.py" for name in BACKEND_MODULES}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.gate.tiles import Tiles, gather_tiles
+from export.gate.tiles import Source, Tiles, gather_tiles
 from unet.volume import StackWriter
 
 SIZES = (204, 220)
@@ -83,7 +83,7 @@ def half(single: Any) -> Any:
 @pytest.fixture(scope="session")
 def tiles(data_dir: Path) -> Tiles:
     """Three tiles of 204 and one of 220."""
-    return gather_tiles(data_dir, SIZES, {})
+    return gather_tiles(Source(data_dir), SIZES)
 
 
 @pytest.fixture(scope="session")

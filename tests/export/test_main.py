@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.main import data_folder, main
+from export.errors import ExportError
+from export.main import main
+from export.plan.settings import BuildSettings
 from export.plan.trtexec import plan_command
-from export.provenance import versions
+from export.record.folder import sole_writer
+from export.record.provenance import versions
 from unet.card import Card, CardError
+from unet.card.records import Proof
 from unet.engine.cpu import load_engine
 from unet.files import sha256_of
 
@@ -33,12 +37,16 @@ def artefacts(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPath
     return out
 
 
+def proof_of(card: Card, name: str) -> Proof:
+    proof = card.artefacts[name].proof
+    assert proof is not None
+    return proof
+
+
 def test_artefacts_carry_their_history(artefacts: Path, model_dir: Path, data_dir: Path) -> None:
     names = {path.name for path in artefacts.iterdir()}
     assert names == {"saved_model", "model.onnx", "model.fp16.onnx", "card.json", "card.md"}
     card = Card.load(artefacts)
-    for name in card.artefacts:
-        card.verify(name)
     assert [(name, entry.parent) for name, entry in card.artefacts.items()] == [
         ("saved_model", None),
         ("onnx", "saved_model"),
@@ -50,14 +58,21 @@ def test_artefacts_carry_their_history(artefacts: Path, model_dir: Path, data_di
     assert card.tile_sizes == (204, 220)
     assert card.model["base_filters"] == 2
     assert card.model["parity_tiles"] == f"held-out pages 1, 3 of {data_dir / 'train-volume.tif'}"
-    steps = [(row["step"], row["against"], row["quantity"]) for row in card.parity]
-    assert steps[:4] == [
-        ("ONNX", "SavedModel", "logits"),
-        ("ONNX", "SavedModel", "probability"),
-        ("FP16 ONNX", "SavedModel", "probability"),
-        ("FP16 ONNX", "ONNX", "probability"),
+    assert card.artefacts["saved_model"].proof is None
+    rows = [row for name in ("onnx", "onnx_fp16") for row in proof_of(card, name).comparisons]
+    assert [(row["step"], row["against"], row["quantity"]) for row in rows] == [
+        ("onnx", "saved_model", "logits"),
+        ("onnx", "saved_model", "probability"),
+        ("onnx_fp16", "saved_model", "probability"),
+        ("onnx_fp16", "onnx", "probability"),
     ]
-    assert all(row["reason"] for row in card.parity)
+    assert all(row["reason"] for row in rows)
+    peaks = proof_of(card, "onnx_fp16").facts["peaks"]
+    assert {"down0_conv1/Conv", "logits/Conv"} <= set(peaks)
+    assert all(0 < peak < 65504 for peak in peaks.values())
+    assert card.engine.proof is not None
+    assert card.engine.proof.sha256 == sha256_of(artefacts / card.engine.file)
+    assert card.model["machine"]["instructions"] == list(card.engine.proof.instructions)
 
 
 def test_the_chosen_engine_loads_and_segments(artefacts: Path) -> None:
@@ -71,7 +86,13 @@ def test_the_chosen_engine_loads_and_segments(artefacts: Path) -> None:
 def test_the_page_names_files_figures_and_the_slices(artefacts: Path) -> None:
     page = (artefacts / "card.md").read_text()
     card = Card.load(artefacts)
-    for part in ("held-out pages 1, 3", card.engine.file, card.artefacts["onnx_fp16"].sha256[:12], "| FP16 ONNX "):
+    for part in (
+        "held-out pages 1, 3",
+        card.engine.file,
+        card.artefacts["onnx_fp16"].sha256[:12],
+        "| onnx_fp16 ",
+        "| down0_conv1/Conv ",
+    ):
         assert part in page
 
 
@@ -93,11 +114,8 @@ def test_v100_leaves_the_command_and_says_that_the_plan_is_not_built(
     said = capsys.readouterr().err
     assert f"the ONNX files are proven and in {out}, but there is no TensorRT plan: " in said
     assert str(out / "build_plan.sh") in said
-    card = Card.load(out)
-    for name in card.artefacts:
-        card.verify(name)
     with pytest.raises(CardError, match="names no engine for a CPU"):
-        _ = card.engine
+        _ = Card.load(out).engine
     # The script runs from anywhere: here a trtexec that only tells what it was asked for.
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -107,15 +125,15 @@ def test_v100_leaves_the_command_and_says_that_the_plan_is_not_built(
     done = subprocess.run(
         [str(out / "build_plan.sh")], env=environment, cwd="/", check=True, capture_output=True, text=True
     )
-    assert done.stdout.splitlines() == [
-        str(out),
-        plan_command("model.fp16.onnx", "model.plan", (204, 220)).split(maxsplit=1)[1],
-    ]
+    command = plan_command("model.fp16.onnx", "trtexec.plan", BuildSettings.of((204, 220)))
+    assert done.stdout.splitlines() == [str(out), command.split(maxsplit=1)[1]]
+    assert "--adopt trtexec.plan" in (out / "build_plan.sh").read_text()
 
 
-def test_the_plan_has_one_profile_per_tile_size() -> None:
-    assert plan_command("m.onnx", "m.plan", (572, 700)) == (
+def test_the_shell_command_has_the_settings_of_the_build() -> None:
+    assert plan_command("m.onnx", "m.plan", BuildSettings.of((572, 700))) == (
         "trtexec --onnx=m.onnx --saveEngine=m.plan --stronglyTyped --skipInference "
+        "--builderOptimizationLevel=5 --profilingVerbosity=detailed --memPoolSize=workspace:2048 "
         "--profile=0 --minShapes=image:1x1x572x572 --optShapes=image:8x1x572x572 --maxShapes=image:16x1x572x572 "
         "--profile=1 --minShapes=image:1x1x700x700 --optShapes=image:8x1x700x700 --maxShapes=image:16x1x700x700"
     )
@@ -125,7 +143,7 @@ def test_the_plan_has_one_profile_per_tile_size() -> None:
     ("poison", "sentence"),
     [
         pytest.param(np.nan, "NaN or infinite", id="nan"),
-        pytest.param(3e6, "beyond float16's 65504", id="too large", marks=pytest.mark.slow),
+        pytest.param(3e6, "onnx_fp16 does not agree with saved_model", id="too large", marks=pytest.mark.slow),
     ],
 )
 def test_a_refused_export_leaves_the_former_artefacts(
@@ -177,19 +195,7 @@ def test_artefacts_around_the_model_folder_are_not_replaced(
     # A folder of artefacts holds a saved_model itself, so it can be taken for a training run.
     assert export(artefacts, artefacts) == 2
     assert "holds --model_dir, and would be replaced" in capsys.readouterr().err
-    card = Card.load(artefacts)
-    for name in card.artefacts:
-        card.verify(name)
-
-
-def test_the_data_folder_is_the_named_one_else_the_environments(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DATA_DIR", str(data_dir))
-    assert data_folder(None) == data_dir
-    assert data_folder(tmp_path) == tmp_path
-    monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    assert data_folder(None) is None
+    assert Card.load(artefacts).verify_engine().is_file()
 
 
 def test_help_is_quick_and_works_from_anywhere(tmp_path: Path) -> None:
@@ -207,3 +213,43 @@ def test_provenance_tells_versions() -> None:
     found = versions("numpy", "no-such-package")
     assert found["numpy"] == np.__version__
     assert "no-such-package" not in found
+
+
+def test_a_second_export_into_the_folder_is_refused_at_once(
+    artefacts: Path, model_dir: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sha256_of(artefacts)
+    with sole_writer(artefacts):
+        started = time.monotonic()
+        assert export(model_dir, artefacts, "--data_dir", data_dir) == 2
+        assert time.monotonic() - started < 2
+    assert f"another process writes {artefacts}: wait for it" in capsys.readouterr().err
+    assert sha256_of(artefacts) == before
+    assert [path.name for path in artefacts.parent.iterdir()] == [artefacts.name]
+
+
+def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom export.record.folder import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False, cwd=ROOT)
+    assert (tmp_path / ".out.lock").exists()
+    with (
+        sole_writer(tmp_path / "out"),
+        pytest.raises(ExportError, match="another process"),
+        sole_writer(tmp_path / "out"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_whose_reader_went_away_writes_everything(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "artefacts"
+    line = [sys.executable, "export/main.py", "--model_dir", model_dir, "--out", out, "--data_dir", data_dir, *SIZES]
+    with subprocess.Popen(list(map(str, line)), cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0
+    assert Card.load(out).verify_engine().is_file()

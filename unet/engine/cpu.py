@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unet.errors import UnetError
+from unet.engine import EngineError
 from unet.geometry import output_size
-from unet.machine import thread_limit, usable_cores
+from unet.machine import instruction_sets, thread_limit, usable_cores
 from unet.names import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from unet.card import Card
+    from unet.card.records import Engine
 
 KINDS = ("openvino", "onnxruntime")
 PRECISIONS = ("bf16", "f32", "int8")
+# The instructions that multiply a number format without rounding or saturation in between.
+_MULTIPLY = {"bf16": ("bf16", "amx"), "int8": ("vnni", "amx")}
 # OpenVINO's own format is two files; an artefact is one, a ZIP of both.
 IR_ENTRIES = ("model.xml", "model.bin")
 
 log = logging.getLogger(__name__)
-
-
-class EngineError(UnetError):
-    """An engine that cannot be made here, or an input that it cannot take."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +50,71 @@ class EngineChoice:
     def __str__(self) -> str:
         return f"{self.kind} {self.precision}"
 
-    def fitting(self, bf16: bool | None = None) -> EngineChoice:
-        """This choice, or f32 with a warning where the CPU has no bf16 instructions; None asks whether it has."""
-        if self.precision != "bf16" or (has_bf16() if bf16 is None else bf16):
-            return self
-        log.warning("this CPU has no bf16 instructions: %s computes in f32 instead, more slowly", self.kind)
-        return EngineChoice(self.kind, "f32")
-
 
 def load_engine(card: Card, threads: int | None = None) -> CpuEngine:
-    """The engine that a card names, its file checked, in f32 where this CPU lacks the card's number format.
+    """The engine that a card names, its file and its proof checked; see `engine_here` for another CPU.
 
     Args:
         card: of exported artefacts, or of a published version.
         threads: threads to compute with; by default as many as the library finds right within the machine's quota.
 
     Raises:
-        CardError: the file is not what the card says.
+        CardError: the file is not what the card says, or is not proven.
         EngineError: it cannot be loaded here.
     """
-    path = card.verify_engine()
-    return CpuEngine(path, EngineChoice(card.engine.kind, card.engine.precision).fitting(), threads)
+    engine = engine_here(card)
+    if engine != card.engine:
+        proven = card.engine.proof.instructions if card.engine.proof else ()
+        log.warning(
+            "%s %s was proven on a CPU with %s, this one has %s: %s %s serves instead; export on this machine for the "
+            "fastest engine",
+            *(card.engine.kind, card.engine.precision, _words(proven), _words(instruction_sets())),
+            *(engine.kind, engine.precision),
+        )
+    return CpuEngine(card.verify_engine(engine), EngineChoice(engine.kind, engine.precision), threads)
+
+
+def engine_here(card: Card) -> Engine:
+    """The engine of a card whose proof holds on this CPU: the chosen one, else the one in float32.
+
+    Raises:
+        CardError: the card names no engine.
+        EngineError: neither proof holds here.
+    """
+    if holds_here(card.engine):
+        return card.engine
+    if card.fallback is None:
+        raise EngineError(
+            f"{card.engine.kind} {card.engine.precision} was proven on a CPU with other instructions than this one's "
+            f"({_words(instruction_sets())}): run python export/main.py on this machine"
+        )
+    return card.fallback
+
+
+def holds_here(engine: Engine) -> bool:
+    """Whether an engine computes here what it computed where it was proven.
+
+    Float32 does on every CPU, but for the order of summation, which its tolerance covers. Products of 8-bit integers
+    saturate where there are no instructions for them, and bfloat16 needs its own.
+    """
+    proven = engine.proof.instructions if engine.proof else ()
+    return native(engine.precision, proven) == native(engine.precision, instruction_sets())
+
+
+def native(precision: str, instructions: Sequence[str]) -> bool:
+    """Whether a CPU with such instructions, see ``instruction_sets``, multiplies a number format itself."""
+    return precision == "f32" or any(name in _MULTIPLY[precision] for name in instructions)
+
+
+def _words(instructions: Sequence[str]) -> str:
+    return ", ".join(instructions) or "no vector instructions"
 
 
 def has_bf16() -> bool:
-    """Whether OpenVINO finds bf16 arithmetic (avx512_bf16 or amx_bf16) in this CPU."""
-    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    """Whether OpenVINO computes in bf16 on this CPU with instructions for it."""
+    found = "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    # It looks at the processor alone and not at the limit that its kernels obey.
+    return found and native("bf16", instruction_sets())
 
 
 def supported_choices() -> tuple[EngineChoice, ...]:

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from unet.errors import UnetError
-
-
-class DeviceError(UnetError):
-    """A GPU that cannot be used."""
+from unet.engine import EngineError
 
 
 @dataclass(frozen=True)
@@ -24,14 +20,14 @@ def gpu(index: int = 0) -> Gpu:
     """A GPU of this machine.
 
     Raises:
-        DeviceError: pycuda is not installed, or there is no GPU or driver.
+        EngineError: pycuda is not installed, or there is no GPU or driver.
     """
     cuda = driver()
     try:
         cuda.init()
         device = cuda.Device(index)
     except cuda.Error as error:
-        raise DeviceError(f"no NVIDIA GPU can be used ({error}): run this on the machine with the GPU") from error
+        raise EngineError(f"no NVIDIA GPU can be used ({error}): run this on the machine with the GPU") from error
     return Gpu(str(device.name()), ".".join(map(str, device.compute_capability())))
 
 
@@ -39,12 +35,12 @@ def driver() -> Any:
     """The module pycuda.driver.
 
     Raises:
-        DeviceError: it cannot be loaded.
+        EngineError: it cannot be loaded.
     """
     try:
         import pycuda.driver as cuda
     except ImportError as error:
-        raise DeviceError(
+        raise EngineError(
             f"pycuda cannot be loaded ({error}): on a machine with an NVIDIA GPU and the CUDA toolkit, "
             "pip install 'unet-medical-triton[gpu]'"
         ) from error

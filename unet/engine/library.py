@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from unet.errors import UnetError
+from unet.engine import EngineError
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         __name__: str
         __version__: str
         Builder: type[tensorrt.Builder]
-        BuilderFlag: type[tensorrt.BuilderFlag]
         ILogger: type[tensorrt.ILogger]
         LayerInformationFormat: type[tensorrt.LayerInformationFormat]
         MemoryPoolType: type[tensorrt.MemoryPoolType]
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
         OnnxParser: type[tensorrt.OnnxParser]
         ProfilingVerbosity: type[tensorrt.ProfilingVerbosity]
         Runtime: type[tensorrt.Runtime]
-
-
-class LibraryError(UnetError):
-    """A TensorRT that is not there, or not whole."""
 
 
 @dataclass
@@ -53,25 +48,19 @@ def load_library(name: str) -> Library:
     """TensorRT's Python module, "tensorrt" or "tensorrt_rtx".
 
     Raises:
-        LibraryError: it is not installed, or has no library beneath.
+        EngineError: it is not installed, or has no library beneath.
     """
     try:
         library = cast("Library", importlib.import_module(name))
     except (ImportError, OSError, RuntimeError) as error:
         extra = "gpu" if name == "tensorrt" else "rtx"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LibraryError(
+        raise EngineError(
             f"{name} cannot be loaded ({reason}): install it with pip install 'unet-medical-triton[{extra}]'"
         ) from error
     if not hasattr(library, "Builder"):
-        raise LibraryError(f"{name} is installed without its libraries: install it from NVIDIA's package index")
+        raise EngineError(f"{name} is installed without its libraries: install it from NVIDIA's package index")
     return library
-
-
-def release_of(version: str) -> tuple[int, int]:
-    """The release, (major, minor), of a version such as "10.4.0"."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def make_logger(trt: Library, log: BuildLog) -> tensorrt.ILogger:

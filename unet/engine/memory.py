@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unet.engine.cpu import EngineChoice, EngineError
+from unet.engine import EngineError
+from unet.engine.cpu import EngineChoice
 from unet.geometry import MIN_SIZE, is_valid_size
 
 if TYPE_CHECKING:

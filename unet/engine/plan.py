@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unet.card import Card
+from unet.card.records import gpu_device
+from unet.engine import EngineError
 from unet.engine.device import Gpu, driver, gpu
 from unet.engine.library import BuildLog, load_library, make_logger
-from unet.errors import UnetError, command, say
+from unet.engine.targets import same_release
+from unet.errors import command, say
 from unet.files import write_json
 from unet.geometry import output_size
 from unet.measure import markdown
-from unet.names import INPUT, OUTPUT
+from unet.names import INPUT, OUTPUT, PLAN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,12 +34,10 @@ if TYPE_CHECKING:
     import tensorrt
     from numpy.typing import NDArray
 
+    from unet.engine.library import Library
+
 BATCH_SIZES = (1, 8, 16)
 _TYPES = {INPUT: np.uint8, OUTPUT: np.float16}
-
-
-class EngineRunError(UnetError):
-    """A plan that cannot be run here."""
 
 
 def check_fit(facts: dict[str, Any], tensorrt: str, here: Gpu, release: str) -> None:
@@ -49,16 +50,16 @@ def check_fit(facts: dict[str, Any], tensorrt: str, here: Gpu, release: str) -> 
         release: this machine's TensorRT.
 
     Raises:
-        EngineRunError: naming both sides.
+        EngineError: naming both sides.
     """
     built = str(facts.get("compute_capability", "an unknown one"))
     if built != here.compute_capability:
-        raise EngineRunError(
+        raise EngineError(
             f"the plan was built for compute capability {built}, this GPU ({here.name}) has {here.compute_capability}: "
             "build it here with python -m export.plan.build"
         )
-    if tensorrt != release:
-        raise EngineRunError(
+    if not same_release(tensorrt, release):
+        raise EngineError(
             f"the plan was built by TensorRT {tensorrt}, this machine has {release}: build it here with "
             "python -m export.plan.build"
         )
@@ -69,41 +70,59 @@ class PlanRunner:
 
     Attributes:
         tile_sizes: that the plan has a profile for, in the profiles' order.
-        max_batch_size: of every profile.
+        profiles: least, usual and largest shape of each.
+        max_batch_size: that every profile takes.
+        context_bytes: of the GPU's memory that one execution context takes, weights left out.
     """
 
-    def __init__(self, artefacts: Path) -> None:
-        """Load the plan that a card lists.
+    def __init__(self, plan: bytes, trt: Library) -> None:
+        """Load a serialized plan, proven or not.
+
+        Args:
+            plan: what TensorRT built on this machine's kind of GPU.
+            trt: the library, see `load_library`.
 
         Raises:
-            CardError: the plan is missing or not what its card says.
-            EngineRunError: there is no GPU, the plan is for another GPU or TensorRT, or it cannot be loaded.
+            EngineError: there is no GPU, or it is no plan that this TensorRT loads there.
         """
-        card = Card.load(artefacts)
-        path, entry = card.verify("plan"), card.artefacts["plan"]
-        trt, here = load_library("tensorrt"), gpu()
-        check_fit(entry.facts, entry.versions.get("tensorrt", "an unknown release"), here, trt.__version__)
         self._cuda, self._log = driver(), BuildLog()
-        self.tile_sizes, self.max_batch_size = card.tile_sizes, int(entry.facts["profiles"][0][2][0])
+        gpu()
         self._context = self._cuda.Device(0).retain_primary_context()
         self._context.push()
         self._stack = contextlib.ExitStack()
         self._stack.callback(self._context.pop)
         try:
-            self._load(trt.Runtime(make_logger(trt, self._log)), path)
+            self._load(trt.Runtime(make_logger(trt, self._log)), plan)
         except BaseException:
             # The caller never gets the runner, so nobody else can close it.
             self.close()
             raise
 
-    def _load(self, runtime: tensorrt.Runtime, path: Path) -> None:
+    @classmethod
+    def load(cls, artefacts: Path) -> PlanRunner:
+        """Load the plan that a card lists.
+
+        Raises:
+            CardError: the plan is missing, not what its card says, or not proven on this kind of GPU.
+            EngineError: there is no GPU, the plan is for another GPU or TensorRT, or it cannot be loaded.
+        """
+        card = Card.load(artefacts)
+        card.verify(PLAN)
+        entry = card.artefacts[PLAN]
+        trt, here = load_library("tensorrt"), gpu()
+        check_fit(entry.facts, entry.versions.get("tensorrt", "an unknown release"), here, trt.__version__)
+        return cls(card.verify_proven(PLAN, gpu_device(here.compute_capability)).read_bytes(), trt)
+
+    def _load(self, runtime: tensorrt.Runtime, plan: bytes) -> None:
         """Load the plan and give its tensors memory for the largest batch of the largest tile."""
-        self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineRunError(f"{path} cannot be loaded: {self._log.last_error}")
+            raise EngineError(f"TensorRT cannot load the plan: {self._log.last_error}")
+        self._read_profiles(self._engine)
         self._execution = self._engine.create_execution_context()
         if self._execution is None:
-            raise EngineRunError(f"the GPU cannot hold what {path} needs to run: {self._log.last_error}")
+            raise EngineError(f"the GPU cannot hold what the plan needs to run: {self._log.last_error}")
+        self.context_bytes = int(self._engine.device_memory_size_v2)
         self._stream = self._cuda.Stream()
         largest = max(self.tile_sizes)
         shapes = {name: self._shape(name, self.max_batch_size, largest) for name in _TYPES}
@@ -115,9 +134,20 @@ class PlanRunner:
             )
         self._tile_size = 0
 
+    def _read_profiles(self, engine: tensorrt.ICudaEngine) -> None:
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        if sorted(names) != sorted(_TYPES):
+            raise EngineError(f"the plan has the tensors {', '.join(names)} where {', '.join(_TYPES)} are due")
+        shapes = [engine.get_tensor_profile_shape(INPUT, index) for index in range(engine.num_optimization_profiles)]
+        self.profiles = [
+            tuple(tuple(int(shape[axis]) for axis in range(len(shape))) for shape in profile) for profile in shapes
+        ]
+        self.tile_sizes = tuple(profile[2][2] for profile in self.profiles)
+        self.max_batch_size = min(profile[2][0] for profile in self.profiles)
+
     def _require(self, done: bool, refusal: str) -> None:
         if not done:
-            raise EngineRunError(
+            raise EngineError(
                 f"TensorRT {refusal} ({self._log.last_error}): build the plan again with python -m export.plan.build"
             )
 
@@ -136,8 +166,12 @@ class PlanRunner:
             float16 [N, 1, S - 184, S - 184], the probability of "not membrane".
 
         Raises:
-            EngineRunError: the plan has no profile for these tiles, or TensorRT reports an error.
+            EngineError: the plan has no profile for these tiles, or TensorRT reports an error.
         """
+        if image.dtype != np.uint8 or image.ndim != 4 or image.shape[1] != 1 or image.shape[2] != image.shape[3]:
+            raise EngineError(
+                f"tiles must be square, uint8 [N, 1, S, S], these are {image.dtype} of {list(image.shape)}"
+            )
         batch, size = image.shape[0], image.shape[2]
         self._prepare(batch, size)
         source = self._host[INPUT].reshape(-1)[: image.size]
@@ -155,7 +189,7 @@ class PlanRunner:
         """Seconds of each pass over at least so many seconds, copies to and from the GPU included.
 
         Raises:
-            EngineRunError: as `infer`.
+            EngineError: as `infer`.
         """
         image = np.random.default_rng(0).integers(0, 256, self._shape(INPUT, batch, size), np.uint8)
         for _ in range(warm_up):
@@ -169,25 +203,32 @@ class PlanRunner:
 
     def _prepare(self, batch: int, size: int) -> None:
         if size not in self.tile_sizes or not 1 <= batch <= self.max_batch_size:
-            raise EngineRunError(
+            raise EngineError(
                 f"the plan takes tiles of {', '.join(map(str, self.tile_sizes))} in batches of 1 to "
                 f"{self.max_batch_size}, not {batch} of {size}: build another"
             )
         if size != self._tile_size:
-            self._require(
-                self._execution.set_optimization_profile_async(self.tile_sizes.index(size), self._stream.handle),
-                f"does not change to the profile of tiles of {size}",
-            )
-            self._stream.synchronize()
-            self._tile_size = size
+            self._change_profile(size)
         self._require(
             self._execution.set_input_shape(INPUT, self._shape(INPUT, batch, size)),
             f"does not take {batch} tiles of {size}",
         )
 
+    def _change_profile(self, size: int) -> None:
+        refusal = f"does not change to the profile of tiles of {size}"
+        # Until the change is done no profile is known to be set.
+        self._tile_size = 0
+        try:
+            changed = self._execution.set_optimization_profile_async(self.tile_sizes.index(size), self._stream.handle)
+        except RuntimeError:  # what the bindings make of a refusal
+            changed = False
+        self._require(changed, refusal)
+        self._stream.synchronize()
+        self._tile_size = size
+
     def _execute(self) -> None:
         if not self._execution.execute_async_v3(self._stream.handle):
-            raise EngineRunError(f"TensorRT could not run the plan: {self._log.last_error}")
+            raise EngineError(f"TensorRT could not run the plan: {self._log.last_error}")
 
     def close(self) -> None:
         """Give everything on the GPU back."""
@@ -208,7 +249,7 @@ def benchmark(runner: PlanRunner, seconds: float) -> list[dict[str, float]]:
     """Images per second and latency percentiles of the plan alone, at batch 1, 8 and 16 of each tile size."""
     rows = []
     for size in runner.tile_sizes:
-        for batch in BATCH_SIZES:
+        for batch in (one for one in BATCH_SIZES if one <= runner.max_batch_size):
             taken = np.array(runner.latencies_s(batch, size, seconds))
             p50, p95, p99 = (float(value) * 1e3 for value in np.percentile(taken, (50, 95, 99)))
             rate = batch * len(taken) / float(taken.sum())
@@ -241,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--seconds", type=float, default=5, help="how long to measure each batch size")
     arguments.add_argument("--out", type=Path, default=Path("engine.json"), help="file for the figures")
     chosen = arguments.parse_args(argv)
-    with PlanRunner(chosen.artefacts) as runner:
+    with PlanRunner.load(chosen.artefacts) as runner:
         rows = benchmark(runner, chosen.seconds)
     write_json(chosen.out, {"gpu": gpu().name, "rows": rows})
     say(table(rows))

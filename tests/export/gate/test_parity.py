@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.gate.parity import BFLOAT, HALF, LOGITS, SAME_TYPE, ParityError, Tolerance, compare
+from export.errors import ParityError
+from export.gate.parity import (
+    BFLOAT,
+    HALF_ARITHMETIC,
+    HALF_WEIGHTS,
+    LOGITS,
+    SAME_TYPE,
+    Tolerance,
+    check_order,
+    compare,
+    worst,
+)
 from export.gate.tiles import Tiles
 from export.steps.graph import write_model
 from export.steps.reference import Reference
@@ -64,7 +75,7 @@ def test_flipped_pixels_alone_are_refused_with_the_share() -> None:
     expected, found = planes(0.499), planes(0.501)
     assert compare("step", "parent", [found], [expected], ANY).accepted
     with pytest.raises(ParityError, match=r"a share of 1\.00e\+00 of its pixels changes sides, 1e-03 is the most"):
-        compare("step", "parent", [found], [expected], HALF).check()
+        compare("step", "parent", [found], [expected], HALF_WEIGHTS).check()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -83,9 +94,10 @@ def test_another_shape_or_nothing_to_compare_is_refused() -> None:
 
 
 def test_tolerances_tighten_with_the_precision() -> None:
-    assert SAME_TYPE.max_difference < HALF.max_difference < BFLOAT.max_difference
+    ordered = [SAME_TYPE, HALF_WEIGHTS, HALF_ARITHMETIC, BFLOAT]
+    assert sorted(ordered, key=lambda one: one.max_difference) == ordered
     assert LOGITS.max_difference == 1e-5
-    assert HALF.max_difference == 5e-3
+    assert HALF_WEIGHTS.max_difference == 5e-3
 
 
 @pytest.mark.parametrize(
@@ -110,3 +122,32 @@ def test_a_corrupted_weight_is_refused_with_the_figure(
         result.check()
     sentence = f"its probabilities differ by {result.max_difference:.2e}, 5e-04 is the most accepted"
     assert str(caught.value) == f"ONNX does not agree with SavedModel: {sentence}"
+
+
+def test_one_pixel_of_a_small_tile_may_change_sides() -> None:
+    expected, found = planes(0.499, 1), planes(0.499, 1)
+    found[0, 0, 0, 0] = 0.501
+    compare("step", "parent", [found], [expected], HALF_WEIGHTS).check()
+    found[0, 0, 0, 1] = 0.501
+    with pytest.raises(ParityError, match="a share of"):
+        compare("step", "parent", [found], [expected], HALF_WEIGHTS).check()
+
+
+def test_several_comparisons_are_told_by_the_worst_of_each_figure() -> None:
+    close, flipped, far = planes(0.499), planes(0.501), planes(0.9)
+    rows = [compare("a", "b", [one], [close], ANY) for one in (close, flipped)] + [compare("a", "b", [far], [far], ANY)]
+    far_off = compare("a", "b", [planes(0.1)], [close], ANY)
+    found = worst("all", [*rows, far_off])
+    assert (found.step, found.max_difference) == ("all", far_off.max_difference)
+    assert (far_off.flipped_share, found.flipped_share) == (0, 1)
+
+
+def test_answers_in_another_order_are_told_from_those_that_are_only_coarse() -> None:
+    due = np.stack([planes(value, 1)[0] for value in (0.1, 0.5, 0.50048828125, 0.9)])
+    coarse = due + np.float16(2**-13)
+    check_order("step", coarse, due)
+    for order in ([1, 0, 2, 3], [0, 2, 1, 3], [1, 2, 3, 0]):
+        with pytest.raises(ParityError, match="answers are swapped"):
+            check_order("step", due[order], due)
+    # What cannot be told apart is not refused.
+    check_order("step", planes(0.5, 3), planes(0.5, 3))

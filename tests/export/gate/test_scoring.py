@@ -8,8 +8,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from export.gate.parity import ParityError
+from export.errors import ParityError
 from export.gate.scoring import Judge, ScoredSlices, gather_scored
+from export.gate.tiles import Source
 from unet.phantom import synthetic_stack
 from unet.scores import score_stack
 from unet.volume import LabelOptions, StackError
@@ -50,14 +51,14 @@ def test_tiles_are_put_together_as_they_were_cut(slices: ScoredSlices) -> None:
 
 
 def test_the_same_answers_keep_the_scores(slices: ScoredSlices) -> None:
-    judge = Judge.of(slices, oracle(slices))
+    judge = Judge.of(slices, oracle(slices), "saved_model")
     assert judge.before == score_stack(oracle(slices), slices.labels)
     change = judge.judge("engine", as_engine(slices, oracle(slices)), 0.9999).check()
     assert (change.v_rand, change.ratio) == (1.0, 1.0)
 
 
 def test_merged_cells_are_refused_with_the_figure(slices: ScoredSlices, tmp_path: Path) -> None:
-    judge = Judge.of(slices, oracle(slices))
+    judge = Judge.of(slices, oracle(slices), "saved_model")
     bad = as_engine(slices, oracle(slices, erode=True))
     change = judge.judge("engine", bad, 0.995)
     assert 0.3 < change.ratio < 0.9
@@ -76,15 +77,15 @@ def test_only_labelled_slices_that_training_did_not_see(tmp_path: Path) -> None:
     labels[2] = 0
     tifffile.imwrite(tmp_path / "train-volume.tif", images, photometric="minisblack")
     held_out = {"train-volume.tif": [1, 2, 3]}
-    assert gather_scored(tmp_path, (SIZE, 284), held_out) is None
+    assert gather_scored(Source(tmp_path, held_out), (SIZE, 284)) is None
     tifffile.imwrite(tmp_path / "train-labels.tif", labels * 255, photometric="minisblack")
     with pytest.raises(StackError, match="membrane"):
-        gather_scored(tmp_path, (SIZE, 284), held_out)
-    found = gather_scored(tmp_path, (SIZE, 284), held_out, LabelOptions(membrane_value=0))
+        gather_scored(Source(tmp_path, held_out), (SIZE, 284))
+    found = gather_scored(Source(tmp_path, held_out, LabelOptions(membrane_value=0)), (SIZE, 284))
     assert found is not None
     np.testing.assert_array_equal(found.images, images[[1, 3]])
     np.testing.assert_array_equal(found.labels, labels[[1, 3]])
     assert found.tile_size == 284
-    assert gather_scored(tmp_path, (SIZE,), {}) is None
-    assert gather_scored(None, (SIZE,), held_out) is None
-    assert gather_scored(tmp_path, (SIZE,), {"other-volume.tif": [0]}) is None
+    assert gather_scored(Source(tmp_path, {}), (SIZE,)) is None
+    assert gather_scored(Source(None, held_out), (SIZE,)) is None
+    assert gather_scored(Source(tmp_path, {"other-volume.tif": [0]}), (SIZE,)) is None

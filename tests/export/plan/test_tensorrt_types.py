@@ -15,7 +15,7 @@ import pytest
 
 from unet.files import atomic_directory
 
-MODULES = ("export/plan/build.py", "unet/engine/plan.py")
+MODULES = ("export/plan/serialize.py", "unet/engine/plan.py")
 # MIT, generated from the bindings; none are nearer to 10.4.
 STUBS = "tensorrt-stubs==10.8.0.43.1"
 # What the generator got wrong: words and orders that Python does not allow, a constant that hides the type bool, and
@@ -28,11 +28,11 @@ FAULTS = {
 }
 # By module: a call, the same with a mistake, and what mypy says of that.
 MISTAKES = {
-    "export/plan/build.py": [
+    "export/plan/serialize.py": [
         ("build_serialized_network(network, config)", "build_serialized_network(config, network)", "[arg-type]"),
         ("create_engine_inspector()", "create_inspector()", "[attr-defined]"),
         ("set_shape(wanted.tensor, least, usual, most)", "set_shape(wanted.tensor, least, usual)", "[call-arg]"),
-        ("MemoryPoolType.WORKSPACE", "BuilderFlag.FP16", "[arg-type]"),
+        ("MemoryPoolType.WORKSPACE", "MemoryPoolType.WORK", "[attr-defined]"),
         ("ProfilingVerbosity.DETAILED", "ProfilingVerbosity.DETAIL", "[attr-defined]"),
         (
             "builder_optimization_level = settings.optimization_level",

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.gate.parity import HALF, compare
-from export.gate.tiles import gather_tiles
+from export.errors import ExportError
+from export.gate.parity import HALF_WEIGHTS, compare
+from export.gate.tiles import Source, gather_tiles
 from export.steps.graph import constants, write_model
-from export.steps.half_precision import HalfPrecisionError, to_half
+from export.steps.half_precision import to_half
 from export.steps.reference import Reference
 from unet.engine.cpu import CpuEngine, EngineChoice
 from unet.files import sha256_of
@@ -52,20 +53,20 @@ def test_it_runs_and_agrees_at_the_served_sizes_in_both_engines(
     half: Any, reference: Reference, tmp_path: Path, size: int
 ) -> None:
     write_model(half, tmp_path / "half.onnx")
-    batches = [gather_tiles(None, (size,), {}).batches[0]]
+    batches = [gather_tiles(Source(None), (size,)).batches[0]]
     batches.append(batches[0][:1])
     expected = [reference.probability(batch) for batch in batches]
     for choice in (ORT, OPENVINO):
         engine = CpuEngine(tmp_path / "half.onnx", choice)
         found = [engine.infer(batch) for batch in batches]
-        compare(str(choice), "SavedModel", found, expected, HALF).check()
+        compare(str(choice), "SavedModel", found, expected, HALF_WEIGHTS).check()
 
 
 @pytest.mark.parametrize("choice", [ORT, OPENVINO], ids=str)
 def test_extreme_logits_give_certainty_and_never_nan(
     single: Any, tmp_path: Path, choice: EngineChoice, change_constant: Any
 ) -> None:
-    tiles = gather_tiles(None, (204,), {}).batches[0]
+    tiles = gather_tiles(Source(None), (204,)).batches[0]
     outputs = []
     for factor in (200, -200):
         model = copy.deepcopy(single)
@@ -81,7 +82,7 @@ def test_a_weight_beyond_float16_is_refused_by_name(single: Any, change_constant
     model = copy.deepcopy(single)
     name = conv_weights(model, "down2_conv1")[0]
     change_constant(model, name, lambda w: w * np.float32(1e6))
-    with pytest.raises(HalfPrecisionError, match=r"down2_conv1/Conv\.1 holds .*beyond float16's 65504"):
+    with pytest.raises(ExportError, match=r"down2_conv1/Conv\.1 holds .*beyond float16's 65504"):
         to_half(model)
 
 
@@ -92,17 +93,17 @@ def test_the_graph_given_stays_as_it_is(single: Any) -> None:
 
 
 def test_another_beginning_or_end_is_refused(single: Any, half: Any, change_constant: Any) -> None:
-    with pytest.raises(HalfPrecisionError, match="Sub follows Cast where Mul is due"):
+    with pytest.raises(ExportError, match="Sub follows Cast where Mul is due"):
         to_half(half)
     model = copy.deepcopy(single)
     scale = next(node for node in model.graph.node if node.op_type == "Mul").input[1]
     change_constant(model, scale, lambda s: s * np.float32(0.5))
-    with pytest.raises(HalfPrecisionError, match=r"maps 255 to 0, not 127\.5"):
+    with pytest.raises(ExportError, match=r"maps 255 to 0, not 127\.5"):
         to_half(model)
     model = copy.deepcopy(single)
     for name in conv_weights(model, "logits"):
         change_constant(model, name, lambda w: np.concatenate([w, w[:1]]))
-    with pytest.raises(HalfPrecisionError, match="has 3 classes where 2 are due"):
+    with pytest.raises(ExportError, match="has 3 classes where 2 are due"):
         to_half(model)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,18 @@ import numpy as np
 import pytest
 import tifffile
 
-from export.gate.engine_choice import SAVED_MODEL_NAME, SINGLE_NAME, choose_engine
-from export.gate.parity import ParityError
+from export.errors import ExportError, ParityError
+from export.gate.engine_choice import INT8_CHOICE, choose_engine
+from export.gate.proof import Evidence
 from export.gate.scoring import Judge, ScoredSlices
-from export.gate.tiles import Tiles, training_tiles
+from export.gate.tiles import Source, Tiles, training_tiles
 from export.main import main
 from export.steps.graph import write_model
-from export.steps.int8 import QuantisationError, prepared, quantise
-from unet.engine.cpu import CpuEngine, EngineChoice, EngineError
+from export.steps.int8 import prepared, quantise
+from unet.engine import EngineError
+from unet.engine.cpu import CpuEngine, EngineChoice
+from unet.names import INT8, ONNX, SAVED_MODEL
 from unet.phantom import synthetic_stack
-
-INT8 = EngineChoice("openvino", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_it_computes_in_integers_and_stays_close(
         assert packed.namelist() == ["model.xml", "model.bin"]
         assert b'type="FakeQuantize"' in packed.read("model.xml")
     exact = CpuEngine(files[0], EngineChoice("onnxruntime", "f32"))
-    engine = CpuEngine(files[2], INT8)
+    engine = CpuEngine(files[2], INT8_CHOICE)
     for batch in tiles.batches:
         found, due = engine.infer(batch).astype(np.float32), exact.infer(batch).astype(np.float32)
         assert 0 < np.abs(found - due).mean() < 0.05
@@ -83,39 +85,45 @@ def test_it_is_considered_and_scored_like_every_other(
     images, labels = synthetic_stack(slices=2, size=96, seed=3)
     slices = ScoredSlices(images, labels, 284)
     exact = CpuEngine(files[0], EngineChoice("onnxruntime", "f32"))
-    judge = Judge.of(slices, slices.predict(exact.infer))
+    judge = Judge.of(slices, slices.predict(exact.infer), SAVED_MODEL)
     due = [reference.probability(batch) for batch in tiles.batches]
-    expected = {SAVED_MODEL_NAME: due, SINGLE_NAME: due}
+    said: list[str] = []
+    evidence = Evidence(tiles, {SAVED_MODEL: due, ONNX: due}, judge=judge)
     choices = [EngineChoice("onnxruntime", "f32")]
-    found = choose_engine(files[0], files[1], tiles, expected, choices, judge=judge, int8=files[2])
-    assert str(INT8) in {one.step for one in found.comparisons}
-    assert found.changes[-1].ratio >= found.changes[-1].least
-    assert f"{found.engine.kind} {found.engine.precision}" == found.changes[-1].step
-    strict = Judge(slices, judge.expected, judge.before)
-    refused = strict.judge("openvino int8", lambda image: np.ones_like(exact.infer(image)), 0.995)
-    with pytest.raises(ParityError, match="openvino int8 keeps only"):
-        refused.check()
+    considered = {ONNX: files[0], INT8: files[2]}
+    found = choose_engine(considered, evidence, said.append, choices)
+    assert str(INT8_CHOICE) in found.rates
+    assert found.engine.proof is not None
+    scores = found.engine.proof.scores
+    assert scores is not None
+    assert scores["step"] == f"{found.engine.kind} {found.engine.precision}"
+    assert scores["ratio"] >= scores["least"]
+    # One that loses the cells is refused, however fast.
+    perfect = dataclasses.replace(judge.before, v_rand=tuple(2 * value for value in judge.before.v_rand))
+    blind = dataclasses.replace(evidence, judge=Judge(slices, judge.expected, perfect, SAVED_MODEL))
+    with pytest.raises(ParityError, match="keeps only"):
+        choose_engine(considered, blind, said.append, choices)
 
 
 def test_calibration_is_on_slices_that_training_saw(tmp_path: Path) -> None:
     images = synthetic_stack(slices=4, size=96, seed=2)[0]
     tifffile.imwrite(tmp_path / "train-volume.tif", images, photometric="minisblack")
-    found = training_tiles(tmp_path, 204, {"train-volume.tif": [1, 2]})
+    found = training_tiles(Source(tmp_path, {"train-volume.tif": [1, 2]}), 204)
     assert [tile.shape for tile in found] == [(1, 1, 204, 204)] * 2
-    assert not training_tiles(tmp_path, 204, {})
+    assert not training_tiles(Source(tmp_path), 204)
     pytest.importorskip("nncf", reason="NNCF is not installed, which wants Python 3.10")
-    with pytest.raises(QuantisationError, match="no tiles to calibrate"):
+    with pytest.raises(ExportError, match="no tiles to calibrate"):
         quantise(tmp_path / "model.onnx", [], tmp_path / "model.int8.zip")
 
 
-def test_without_scores_it_is_refused(
+def test_without_scores_it_is_refused_where_it_was_asked_for(
     model_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["--model_dir", model_dir, "--out", tmp_path / "out", "--data_dir", data_dir, "--int8"]
-    assert main([*map(str, line), "--tile_sizes", "204", "220"]) == 2
+    line = ["--model_dir", model_dir, "--out", tmp_path / "out", "--data_dir", data_dir]
+    assert main([*map(str, line), "--int8", "--tile_sizes", "204", "220"]) == 2
     assert "INT8 is accepted by the scores of labelled slices" in capsys.readouterr().err
 
 
 def test_another_file_is_no_int8_engine(files: tuple[Path, Path, Path]) -> None:
     with pytest.raises(EngineError, match="is not an INT8 engine"):
-        CpuEngine(files[0], INT8)
+        CpuEngine(files[0], INT8_CHOICE)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export.errors import ExportError
 from export.gate.parity import LOGITS as LOGITS_TOLERANCE
 from export.gate.parity import SAME_TYPE, compare
 from export.gate.tiles import Tiles
 from export.steps.graph import LOGITS, constants, read_model, with_logits, write_model
-from export.steps.reference import Reference, SavedModelError, load_signature, parameter_count
+from export.steps.reference import Reference, load_signature, parameter_count
 from export.steps.to_onnx import convert
 from unet.engine.cpu import CpuEngine, EngineChoice
 from unet.files import sha256_of
@@ -93,10 +94,10 @@ def test_its_command_writes_the_same_bytes(single: Any, model_dir: Path, tmp_pat
 
 
 def test_what_is_no_saved_model_gets_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SavedModelError, match="is not a SavedModel"):
+    with pytest.raises(ExportError, match="is not a SavedModel"):
         convert(tmp_path)
     (tmp_path / "saved_model.pb").write_bytes(b"not protobuf")
-    with pytest.raises(SavedModelError, match="cannot be loaded as a SavedModel"):
+    with pytest.raises(ExportError, match="cannot be loaded as a SavedModel"):
         convert(tmp_path)
 
 
@@ -105,7 +106,7 @@ def test_a_saved_model_of_another_project_is_refused(tmp_path: Path) -> None:
 
     module = tf.Module()
     tf.saved_model.save(module, str(tmp_path))
-    with pytest.raises(SavedModelError, match=r"has no signature network \(it has"):
+    with pytest.raises(ExportError, match=r"has no signature network \(it has"):
         load_signature(tmp_path, "network")
 
 

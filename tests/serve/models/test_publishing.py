@@ -23,8 +23,9 @@ from serve.server.install import TritonError
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings, read_admin_key
 from serve.server.state import load_state
-from tests.serve.conftest import TILE_SIZES, cropping_model
-from unet.card import Card, CardError, Engine
+from tests.serve.conftest import TILE_SIZES, cropping_model, enter_engine
+from unet.card import Card, CardError
+from unet.card.records import Proof
 from unet.files import sha256_of
 from unet.processes import free_ports
 
@@ -38,8 +39,7 @@ def artefacts_dividing_by(folder: Path, divisor: float) -> Path:
     onnx.save(model, str(folder / "model.fp16.onnx"))
     card = Card(folder)
     card.tile_sizes = TILE_SIZES
-    card.record("fp16_onnx", folder / "model.fp16.onnx", None, "tests")
-    card.engine = Engine("onnxruntime", "f32", "model.fp16.onnx", 1.0)
+    enter_engine(card)
     card.save()
     return folder
 
@@ -56,7 +56,13 @@ def plan_artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model.plan").write_bytes(b"a plan")
     card = Card(folder)
     card.tile_sizes = TILE_SIZES
-    card.record("plan", folder / "model.plan", None, "tests", compute_capability="7.0")
+    facts = {"compute_capability": "7.0", "max_batch_size": 16, "context_bytes": 1 << 30, "weight_bytes": 1 << 26}
+    proof = Proof(sha256_of(folder / "model.plan"), "gpu 7.0")
+    versions = {"tensorrt": "10.4.0"}
+    profiles = [[[1, 1, size, size]] * 3 for size in TILE_SIZES]
+    card.record(
+        "plan", folder / "model.plan", None, "tests", proof=proof, versions=versions, profiles=profiles, **facts
+    )
     card.save()
     return folder
 
@@ -133,7 +139,7 @@ def test_a_version_that_the_server_refuses_is_taken_back(
     shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
     (tmp_path / "artefacts" / "model.fp16.onnx").write_bytes(b"no network")
     card = Card.load(tmp_path / "artefacts")
-    card.record("fp16_onnx", tmp_path / "artefacts" / "model.fp16.onnx", None, "tests")
+    enter_engine(card)
     card.save()
     with pytest.raises(RepositoryError, match=r"was taken back: .* could not load unet"):
         publish(tmp_path / "artefacts", folder.parent, ModelSettings(max_batch_size=3), load=control(explicit).load)
@@ -281,7 +287,7 @@ def test_a_plan_for_another_gpu_is_refused(plan_artefacts: Path, tiny_artefacts:
     card = Card.load(tmp_path / "artefacts")
     card.artefacts["plan"] = dataclasses.replace(card.artefacts["plan"], facts={"compute_capability": "9.0"})
     card.save()
-    with pytest.raises(RepositoryError, match=r"built for compute capability 9\.0, the profile v100 is for 7\.0"):
+    with pytest.raises(RepositoryError, match=r"built for compute capability 9\.0, the profile is for 7\.0"):
         publish(tmp_path / "artefacts", tmp_path / "models", ModelSettings(profile="v100"))
     with pytest.raises(CardError, match=r"lists no model\.plan"):
         publish(tiny_artefacts, tmp_path / "models", ModelSettings(profile="gpu"))

@@ -9,8 +9,9 @@ import pytest
 
 from serve import doctor
 from serve.doctor import Finding, main
-from unet.card import Card, Engine
-from unet.machine import Gpu, parse_gpus
+from unet.card import Card
+from unet.card.records import Engine, Proof
+from unet.machine import Gpu, instruction_sets, parse_gpus
 
 V100 = "Tesla V100-SXM2-16GB, 535.183.01, 7.0, 16384"
 
@@ -65,8 +66,9 @@ def test_no_driver_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("said", "states", "words"),
     [
-        (V100, ["ok", "ok", "ok"], "--profile v100; TensorRT 10.4 and Triton 24.09 are the last for it"),
-        ("NVIDIA H100 80GB HBM3, 550.54.15, 9.0, 81559", ["ok", "ok", "ok"], "a later Triton than 24.09 runs too"),
+        (V100, ["ok", "ok", "ok"], "--target v100, --profile v100; TensorRT 10.4.0 and Triton 24.09"),
+        ("NVIDIA H100 80GB HBM3, 550.54.15, 9.0, 81559", ["ok"] * 3, "--target h100, --profile gpu; TensorRT 10.4.0"),
+        ("Tesla P100-PCIE-16GB, 550.54.15, 6.0, 16384", ["ok", "ok", "wrong"], "use --profile cpu"),
         ("Tesla M60, 470.82.01, 5.2, 8192", ["ok", "wrong", "wrong"], "use --profile cpu"),
     ],
 )
@@ -114,14 +116,27 @@ def test_artefacts_that_serve_nothing_are_told(tiny_artefacts: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("precision", ["f32", "int8"])
-def test_an_engine_that_computes_natively_fits(precision: str, tmp_path: Path) -> None:
+def test_an_engine_that_was_proven_on_such_a_processor_fits(precision: str, tmp_path: Path) -> None:
     card = Card(tmp_path)
     card.tile_sizes = (204,)
-    card.engine = Engine("openvino", precision, "model", 1.0)
+    card.engine = Engine("openvino", precision, "model", 1.0, Proof("", "cpu", instruction_sets()))
     card.save()
     found = doctor.look_at_card(tmp_path, [])
     assert (found.state, found.remedy) == ("ok", "")
     assert f"openvino {precision}" in found.fact
+
+
+def test_an_engine_that_was_proven_on_another_processor_is_told(tmp_path: Path) -> None:
+    other = () if {"vnni", "amx"} & set(instruction_sets()) else ("vnni",)
+    card = Card(tmp_path)
+    card.engine = Engine("openvino", "int8", "model", 1.0, Proof("", "cpu", other))
+    card.save()
+    assert "was proven on a CPU with other instructions" in str(doctor.look_at_card(tmp_path, []))
+    card.fallback = Engine("openvino", "f32", "model", 1.0, Proof("", "cpu", other))
+    card.save()
+    found = doctor.look_at_card(tmp_path, [])
+    assert found.state == "wrong"
+    assert "not proven on such a CPU, openvino f32 serves" in found.remedy
 
 
 def test_a_line_says_what_to_do() -> None:

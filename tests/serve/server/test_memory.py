@@ -19,9 +19,9 @@ from serve.models.publish import publish
 from serve.segment.connection import Connection
 from serve.segment.slots import SharedSlot
 from serve.server.process import TritonServer
-from tests.serve.conftest import TILE_SIZES
+from tests.serve.conftest import TILE_SIZES, enter_engine
 from tests.serve.server.conftest import ROOT, MakeSettings, finish, infer, state_of, until
-from unet.card import Card, Engine
+from unet.card import Card
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 Command = Callable[..., "subprocess.Popen[str]"]
@@ -56,8 +56,7 @@ def hungry_artefacts(folder: Path) -> Path:
     onnx.save(model, str(folder / "model.fp16.onnx"))
     card = Card(folder)
     card.tile_sizes = TILE_SIZES
-    card.record("fp16_onnx", folder / "model.fp16.onnx", None, "tests")
-    card.engine = Engine("onnxruntime", "f32", "model.fp16.onnx", 1.0)
+    enter_engine(card)
     card.save()
     return folder
 

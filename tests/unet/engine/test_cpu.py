@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unet.engine.cpu import CpuEngine, EngineChoice, EngineError, has_bf16, supported_choices
+from unet.card import Card
+from unet.card.records import Engine, Proof
+from unet.engine import EngineError
+from unet.engine.cpu import CpuEngine, EngineChoice, has_bf16, load_engine, supported_choices
 from unet.errors import UnetError
+from unet.files import sha256_of
+from unet.machine import instruction_sets
 
 CHOICES = [EngineChoice("openvino", "f32"), EngineChoice("onnxruntime", "f32")]
 
@@ -127,7 +133,7 @@ def test_choices_check_themselves(model: Path) -> None:
 
 def test_bf16_is_offered_exactly_where_the_cpu_has_it(model: Path) -> None:
     bf16 = EngineChoice("openvino", "bf16")
-    assert (bf16 in supported_choices()) == has_bf16()
+    assert (bf16 in supported_choices()) == has_bf16() == ("bf16" in HERE or "amx" in HERE)
     assert set(CHOICES) <= set(supported_choices())
     if has_bf16():
         assert CpuEngine(model, bf16).infer(tiles(1, 188, 188)).shape == (1, 1, 4, 4)
@@ -136,13 +142,69 @@ def test_bf16_is_offered_exactly_where_the_cpu_has_it(model: Path) -> None:
             CpuEngine(model, bf16)
 
 
-def test_a_choice_falls_back_where_the_cpu_cannot(caplog: pytest.LogCaptureFixture) -> None:
-    bf16, f32 = EngineChoice("openvino", "bf16"), EngineChoice("openvino", "f32")
-    assert bf16.fitting(bf16=False) == f32
-    assert "no bf16 instructions" in caplog.text
-    assert bf16.fitting(bf16=True) == bf16
-    assert bf16.fitting() == (bf16 if has_bf16() else f32)
-    assert f32.fitting(bf16=False) == f32
+def card_of(model: Path, precision: str, proven_with: tuple[str, ...], fallback: bool = True) -> Card:
+    card = Card(model.parent)
+    card.record("onnx_fp16", model, None, "tests")
+    proof = Proof(sha256_of(model), "cpu", proven_with)
+    card.engine = Engine("openvino", precision, model.name, 2.0, proof)
+    if fallback:
+        card.fallback = Engine("openvino", "f32", model.name, 1.0, proof)
+    return card
+
+
+HERE = instruction_sets()
+WITHOUT = tuple(name for name in HERE if name not in ("bf16", "vnni", "amx"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "proven_with", "holds"),
+    [
+        ("f32", HERE, True),
+        ("f32", (), True),
+        ("bf16", HERE, True),
+        ("bf16", (*WITHOUT, "bf16"), "bf16" in HERE),
+        ("int8", (*WITHOUT, "vnni"), "vnni" in HERE),
+        ("int8", WITHOUT, "vnni" not in HERE),
+    ],
+)
+def test_an_engine_whose_proof_does_not_hold_here_is_replaced_and_one_line_says_so(
+    model: Path, precision: str, proven_with: tuple[str, ...], holds: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    if holds and precision != "f32":  # this graph is no network in 8 bits, and bf16 may be missing
+        from unet.engine.cpu import engine_here
+
+        assert engine_here(card_of(model, precision, proven_with)).precision == precision
+        return
+    engine = load_engine(card_of(model, precision, proven_with))
+    assert engine.choice == EngineChoice("openvino", "f32")
+    assert len(caplog.records) == (0 if holds else 1)
+    if not holds:
+        text = caplog.text
+        assert f"openvino {precision} was proven on a CPU with " in text
+        assert "openvino f32 serves instead; export on this machine" in text
+        with pytest.raises(EngineError, match=r"run python export/main\.py on this machine"):
+            load_engine(card_of(model, precision, proven_with, fallback=False))
+
+
+def test_the_loader_sees_a_limit_that_the_libraries_obey(model: Path) -> None:
+    """As on a processor without VNNI: the version that was proven with it falls back, and says so."""
+    if "vnni" not in HERE:
+        pytest.skip("this processor has no VNNI to take away")
+    card_of(model, "int8", HERE).save()
+    program = (
+        "import sys; from unet.card import Card; from unet.engine.cpu import load_engine; "
+        "print(load_engine(Card.load(sys.argv[1])).choice)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model.parent)],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "openvino f32\n"
+    assert done.stderr.count("\n") == 1
+    assert "openvino int8 was proven on a CPU with avx2, avx512, vnni" in done.stderr
 
 
 def test_libraries_load_only_where_used_and_their_absence_names_the_extra(model: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet.engine import memory
-from unet.engine.cpu import EngineChoice, EngineError
+from unet.engine import EngineError, memory
+from unet.engine.cpu import EngineChoice
 from unet.engine.memory import TileLimit, bytes_per_pixel, free_memory, largest_tile, total_memory
 from unet.geometry import MIN_SIZE, is_valid_size
 

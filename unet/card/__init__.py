@@ -9,10 +9,11 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from unet.card.records import CPU, Artefact, Engine, Proof
 from unet.errors import UnetError
 from unet.files import sha256_of, write_json
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CARD_FILE = "card.json"
-FORMAT = 1
+FORMAT = 2
 SHORT_HASH = 12
 
 _REBUILD = "write it again with python export/main.py"
@@ -30,49 +31,23 @@ class CardError(UnetError):
     """A card that cannot be read, or an artefact that is not what its card says."""
 
 
-@dataclass(frozen=True)
-class Artefact:
-    """One line of the card.
-
-    ``file`` is relative to the card's folder, with forward slashes. ``facts`` holds whatever else is known.
-    """
-
-    file: str
-    sha256: str
-    parent: str | None
-    parent_sha256: str | None
-    command: str
-    versions: dict[str, str] = field(default_factory=dict)
-    created: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What runs the network on the machine that exported it.
+class Card:
+    """The history of the artefacts in one folder.
 
     Attributes:
-        kind: "openvino" or "onnxruntime".
-        precision: "bf16", "f32" or "int8", the arithmetic's number format.
-        file: the artefact's file that the engine loads, relative to the card's folder.
-        img_per_s: tiles of the first tile size per second, one at a time.
+        folder: that holds them.
+        artefacts: by name, see ``unet.names``.
+        model: what is known of the network and of the machine that exported it.
+        tile_sizes: input sizes to serve.
+        fallback: an engine in float32, for a CPU that the chosen engine's proof does not hold on.
     """
-
-    kind: str
-    precision: str
-    file: str
-    img_per_s: float
-
-
-class Card:
-    """The history of the artefacts in one folder."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.artefacts: dict[str, Artefact] = {}
         self.model: dict[str, Any] = {}
         self.tile_sizes: tuple[int, ...] = ()
-        self.parity: list[dict[str, Any]] = []
+        self.fallback: Engine | None = None
         self._engine: Engine | None = None
 
     @classmethod
@@ -102,12 +77,11 @@ class Card:
 
     def _fill(self, values: Mapping[str, Any]) -> None:
         for name, entry in values["artefacts"].items():
-            self.artefacts[name] = Artefact(**{f.name: entry[f.name] for f in fields(Artefact)})
+            known = {one.name: entry[one.name] for one in fields(Artefact)}
+            self.artefacts[name] = Artefact(**{**known, "proof": Proof.read(entry["proof"])})
         self.model = dict(values["model"])
         self.tile_sizes = tuple(int(size) for size in values["tile_sizes"])
-        self.parity = list(values["parity"])
-        if values["engine"] is not None:
-            self._engine = Engine(**{f.name: values["engine"][f.name] for f in fields(Engine)})
+        self._engine, self.fallback = (Engine.read(values[name]) for name in ("engine", "fallback"))
 
     def as_dict(self) -> dict[str, Any]:
         """What ``save`` writes."""
@@ -116,12 +90,18 @@ class Card:
             "model": self.model,
             "tile_sizes": list(self.tile_sizes),
             "engine": None if self._engine is None else asdict(self._engine),
+            "fallback": None if self.fallback is None else asdict(self.fallback),
             "artefacts": {name: asdict(artefact) for name, artefact in self.artefacts.items()},
-            "parity": self.parity,
         }
 
     def save(self) -> Path:
-        """Write the card into its folder, whole or not at all; returns its path."""
+        """Write the card into its folder, whole or not at all; returns its path.
+
+        Raises:
+            CardError: an artefact is not the recorded one, or was made from another parent than the listed one.
+        """
+        for name in self.artefacts:
+            self.verify(name)
         path = self.folder / CARD_FILE
         write_json(path, self.as_dict())
         return path
@@ -147,6 +127,12 @@ class Card:
     def engine(self, engine: Engine) -> None:
         self._engine = engine
 
+    @property
+    def engines(self) -> list[Engine]:
+        """The chosen engine and the fallback, if they are there and each once."""
+        found = [one for one in (self._engine, self.fallback) if one is not None]
+        return found[:1] if found[1:] == found[:1] else found
+
     def record(
         self,
         name: str,
@@ -154,6 +140,7 @@ class Card:
         parent: str | None,
         command: str,
         *,
+        proof: Proof | None = None,
         versions: Mapping[str, str] | None = None,
         **facts: Any,
     ) -> Artefact:
@@ -164,52 +151,100 @@ class Card:
             path: where it lies.
             parent: the name of the artefact that it was made from, entered before; None for the first.
             command: the command that makes it.
+            proof: of what was made from a parent.
             versions: of the tools that made it.
             **facts: anything else that JSON can hold.
+
+        Raises:
+            CardError: it has a parent and no proof, or a proof of another file.
         """
+        sha256 = sha256_of(path)
+        if parent is not None:
+            self._check_proof(Path(path), sha256, proof)
         artefact = Artefact(
             file=Path(path).relative_to(self.folder).as_posix(),
-            sha256=sha256_of(path),
+            sha256=sha256,
             parent=parent,
             parent_sha256=None if parent is None else self._entry(parent).sha256,
             command=command,
             versions=dict(versions or {}),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             facts=facts,
+            proof=proof,
         )
         self.artefacts[name] = artefact
         return artefact
 
     def verify(self, name: str) -> Path:
-        """Check one artefact's file against the card, and the card's chain to its ancestors; returns its path.
+        """Check one artefact's file and those of its ancestors against the card; returns its path.
 
-        The parent's file need not be there: a published version carries only what it serves.
+        An ancestor's file need not be there: a published version carries only what it serves.
 
         Raises:
-            CardError: the card does not know ``name``, the file is missing or is not the one that was recorded,
-                or it was made from another parent than the card's.
+            CardError: the card does not know ``name``, the file is missing, a file is not the one that was recorded,
+                or an artefact was made from another parent than the card's.
         """
+        path = self._path(self._entry(name))
+        if not path.exists():
+            raise CardError(f"{path} is missing although {self.folder / CARD_FILE} lists it: {_REBUILD}")
+        for one in self._chain(name):
+            self._check_file(one)
+        return path
+
+    def verify_proven(self, name: str, device: str) -> Path:
+        """``verify`` an artefact that is to be served, and its proof; returns its path.
+
+        Args:
+            name: the artefact.
+            device: that will run it: "cpu" or `gpu_device`.
+
+        Raises:
+            CardError: as ``verify``; or the file has no proof of its own, or one of another kind of device.
+        """
+        path = self.verify(name)
+        artefact = self._entry(name)
+        self._check_proof(path, artefact.sha256, artefact.proof, device)
+        return path
+
+    def _check_proof(self, path: Path, sha256: str, proof: Proof | None, device: str | None = None) -> None:
+        if proof is None or proof.sha256 != sha256:
+            raise CardError(f"{path} has no proof that it computes the network: {_REBUILD}")
+        if device is not None and proof.device != device:
+            raise CardError(
+                f"{path} was proven on {proof.device}, and is to be served on {device}: build and prove it there"
+            )
+
+    def _check_file(self, name: str) -> None:
         artefact = self._entry(name)
         path = self._path(artefact)
         if not path.exists():
-            raise CardError(f"{path} is missing although {self.folder / CARD_FILE} lists it: {_REBUILD}")
+            return
         found = sha256_of(path)
         if found != artefact.sha256:
             raise CardError(
                 f"{path} is not the file that its card describes: its SHA-256 begins with {found[:SHORT_HASH]}, "
                 f"the card's with {artefact.sha256[:SHORT_HASH]}; {_REBUILD}"
             )
-        self._check_chain(name)
-        return path
 
-    def verify_engine(self) -> Path:
-        """``verify`` the artefact that the chosen engine loads; returns its path."""
+    def verify_engine(self, engine: Engine | None = None) -> Path:
+        """``verify`` the artefact that an engine loads, and the engine's proof; returns the artefact's path.
+
+        Args:
+            engine: by default the chosen one.
+
+        Raises:
+            CardError: as ``verify_proven``, or the card does not list the file.
+        """
+        engine = engine or self.engine
         for name, artefact in self.artefacts.items():
-            if artefact.file == self.engine.file:
-                return self.verify(name)
-        raise CardError(f"{self.folder / CARD_FILE} names the engine file {self.engine.file} but does not list it")
+            if artefact.file == engine.file:
+                path = self.verify(name)
+                self._check_proof(path, artefact.sha256, engine.proof, CPU)
+                return path
+        raise CardError(f"{self.folder / CARD_FILE} names the engine file {engine.file} but does not list it")
 
-    def _check_chain(self, name: str) -> None:
+    def _chain(self, name: str) -> list[str]:
+        """An artefact and its ancestors, each made from the one after it."""
         seen = [name]
         while (parent := self.artefacts[seen[-1]].parent) is not None:
             child, entry = self.artefacts[seen[-1]], self._entry(parent)
@@ -220,6 +255,7 @@ class Card:
                     f"{recorded}, the listed one's begins with {entry.sha256[:SHORT_HASH]}; {_REBUILD}"
                 )
             seen.append(parent)
+        return seen
 
     def _entry(self, name: str) -> Artefact:
         if name not in self.artefacts:

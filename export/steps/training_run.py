@@ -1,0 +1,61 @@
+"""What a training run left for the exporter."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export.errors import ExportError
+from unet.names import SAVED_MODEL
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A folder that train/main.py wrote.
+
+    Attributes:
+        folder: the folder.
+        settings: of the training.
+        held_out: pages kept from training, by the stack's file name.
+        repeat: the command that repeats the run.
+        versions: of the tools that trained.
+    """
+
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, list[int]] = field(default_factory=dict)
+    repeat: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def saved_model(self) -> Path:
+        """The trained network."""
+        return self.folder / SAVED_MODEL
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainingRun:
+        """Read the run's configuration, if it left one.
+
+        Raises:
+            ExportError: it is not the configuration of a run.
+        """
+        path = folder / "config.json"
+        repeat = shlex.join(["python", "train/main.py", "--model_dir", str(folder)])
+        if not path.exists():
+            return cls(folder, repeat=repeat)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ExportError(f"{path} is not JSON ({error}): take it from the training run again") from error
+        if not isinstance(values, dict):
+            raise ExportError(f"{path} is not the configuration of a training run: take it from the run again")
+        return cls(
+            folder,
+            values.get("settings", {}),
+            values.get("held_out", {}),
+            str(values.get("repeat", repeat)),
+            values.get("versions", {}),
+        )

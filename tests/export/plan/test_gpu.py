@@ -1,0 +1,40 @@
+"""The way of a plan on a real GPU, and on a machine without one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.plan.build import build_into
+from unet.card import Card
+from unet.engine.device import gpu
+from unet.engine.plan import PlanRunner, benchmark
+from unet.engine.targets import target_of
+
+
+@pytest.mark.skipif(find_spec("pycuda") is not None, reason="pycuda is installed")
+@pytest.mark.parametrize("program", [["export/gpu_report.py"], ["-m", "export.plan.build"]])
+def test_without_a_gpu_it_is_one_sentence(for_v100: Path, project_root: Path, program: list[str]) -> None:
+    line = [sys.executable, *program, "--artefacts", str(for_v100), "--target", "v100"]
+    done = subprocess.run(line, cwd=project_root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.gpu
+def test_a_plan_is_built_proven_and_run(artefacts: Path, data_dir: Path) -> None:
+    target = target_of(gpu().compute_capability)
+    assert target is not None
+    build_into(artefacts, target.name, lambda _: None, data_dir=data_dir)
+    assert (artefacts / "plan.json").stat().st_size > 100
+    proof = Card.load(artefacts).artefacts["plan"].proof
+    assert proof is not None
+    assert proof.device == f"gpu {target.compute_capability}"
+    with PlanRunner.load(artefacts) as runner:
+        rows = benchmark(runner, 0.2)
+    assert np.all([row["img_per_s"] > 0 for row in rows])
