@@ -57,7 +57,9 @@ def line_figure(
     axes.set_xticks(range(len(names)), names)
     axes.margins(x=0.08)
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.set_ylim(0, None)
+    axes.set_ylim(
+        0, 1.1 * max([value for values in series.values() for value in values if value is not None], default=1)
+    )
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -82,8 +84,11 @@ def score_chart(title: str, one: StackScores, mean: StackScores) -> str:
     axes: Any = figure.add_axes(SCORE_AXES)
     for index, name in enumerate(("v_rand", "v_info")):
         label, colour = name.replace("v_", "V_"), COLOURS[index]
-        axes.plot(one.thresholds, getattr(one, name), color=colour, marker=MARKERS[index], label=f"{label}, {title}")
-        axes.plot(mean.thresholds, getattr(mean, name), color=colour, linestyle=":", label=f"{label}, mean of all")
+        slice_style = {"marker": MARKERS[index], "label": f"{label}, {title}"}
+        mean_style = {"linestyle": ":", "label": f"{label}, mean of all"}
+        # The markers at 0 and 1 are drawn whole.
+        axes.plot(one.thresholds, getattr(one, name), color=colour, clip_on=False, **slice_style)
+        axes.plot(mean.thresholds, getattr(mean, name), color=colour, **mean_style)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="threshold of the probability", ylabel="score, 1 is best")
     axes.set_xticks([tick / 5 for tick in range(6)])
     axes.set_yticks([tick / 5 for tick in range(6)])
@@ -113,5 +118,5 @@ def speed_charts(benchmark: Mapping[str, Any]) -> tuple[int, list[str]]:
     names = [str(size) for size in sizes]
     return side, [
         svg(line_figure(names, through, "images in a request", "images per second")),
-        svg(line_figure(names, known, "images in a request", f"latency of a request by {rows[0]['level']}, ms")),
+        svg(line_figure(names, known, f"images in a request by {rows[0]['level']}", "latency, ms")),
     ]

@@ -191,6 +191,9 @@ def test_lines_of_a_chart_differ_and_their_legend_fits() -> None:
     legend, whole, axes = figure.legends[0].get_window_extent(), figure.bbox, figure.axes[0].get_window_extent()
     assert whole.x0 <= legend.x0 < legend.x1 <= whole.x1
     assert axes.y1 < legend.y0 < legend.y1 <= whole.y1
+    label = figure.axes[0].yaxis.label.get_window_extent()
+    assert axes.y0 <= label.y0 < label.y1 <= axes.y1
+    assert whole.x0 <= label.x0
     ticks = np.diff(figure.axes[0].get_yticks())
     assert ticks == pytest.approx(ticks[0])
 
