@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +27,20 @@ import numpy.typing as npt
 import psutil
 import tifffile
 
+from serve.measure.common import MeasureError, own_or_demo
+from serve.measure.levels import counted
 from serve.segment.connection import ClientError
 from serve.segment.segmenter import Segmenter
 from serve.volume.run import Request, segment_volume
-from unet.errors import UnetError
+from unet.config import setting
 from unet.files import atomic_file
 from unet.geometry import plan_tiles, predict_tiled
 from unet.measure import interleave, ratios, timed
 from unet.names import OUTPUT
-from unet.volume import read_images, read_labels
+from unet.volume import page_range, read_images, read_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _CLIENT = Path(__file__).resolve().parents[1] / "client.py"
 _TILE = 572
@@ -45,8 +48,50 @@ _LARGE = 16384
 _SAMPLE_S = 0.05
 
 
-class FigureError(UnetError):
-    """A figure that cannot be taken."""
+@dataclass(frozen=True)
+class FigureSettings:
+    """What is measured, where and how long."""
+
+    url: str = setting("localhost:8001", "HOST:PORT of the server's gRPC")
+    servers: tuple[str, ...] = setting(
+        ("localhost:8001", "localhost:9001"), "HOST:PORT of each, of `servers`", kind=str
+    )
+    saved_model: Path = setting(
+        Path("result/saved_model"), "for `tensorflow`; demo/result/saved_model where there is none"
+    )
+    images: Path = setting(Path("data/train-volume.tif"), "a stack")
+    labels: Path | None = setting(None, "its labels, to compare scores in `tensorflow`", kind=Path)
+    pages: str = setting("24:30", "slices FIRST:LAST of it for `tensorflow`, LAST left out")
+    rounds: int = setting(9, "turns that the measured things take")
+    slices: tuple[int, ...] = setting((30, 300, 3000), "lengths of `memory`'s stacks", kind=int)
+    side: int = setting(512, "of `memory`'s slices")
+    large: bool = setting(False, "`memory` with a slice of 16k x 16k too")
+    clients: int = setting(64, "of `soak`")
+    seconds: float = setting(600.0, "of `soak`")
+    tolerance: float = setting(0.01, "of `soak`: engines round differently in batches of other sizes")
+    out: Path = setting(Path("benchmark"), "folder for what is found")
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.side, self.clients, *self.slices) < 1 or self.seconds <= 0:
+            raise MeasureError("--rounds, --slices, --side, --clients and --seconds must be positive")
+
+
+@contextlib.contextmanager
+def by_the_engine(*urls: str) -> Iterator[None]:
+    """A measurement that counts only if the engine answered, and not a response cache.
+
+    Raises:
+        MeasureError: at the end, if a cache answered.
+    """
+    with contextlib.ExitStack() as stack:
+        counts = [stack.enter_context(counted(url, "unet")) for url in urls]
+        yield
+        cached = sum(one().cached for one in counts)
+    if cached:
+        raise MeasureError(
+            f"{cached} requests were answered from the response cache, so this says nothing of the engine: publish "
+            "without --response_cache"
+        )
 
 
 def speed_ratio(taken: dict[str, list[float]], of: str, over: str) -> float:
@@ -61,26 +106,28 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return interleave(subjects, rounds)
 
 
-def against_tensorflow(chosen: Any) -> dict[str, Any]:
+def against_tensorflow(settings: FigureSettings) -> dict[str, Any]:
     """A stack from file to file over the trained network in TensorFlow, tile by tile of 572, file to file too."""
     import tensorflow as tf
 
     from unet.scores import score_stack
 
-    if not (chosen.saved_model / "saved_model.pb").exists():
-        raise FigureError(f"{chosen.saved_model} is no SavedModel: name that of a training run with --saved_model")
-    network = tf.saved_model.load(str(chosen.saved_model)).signatures["serving_default"]
-    pages = slice(*chosen.pages)
+    saved_model = own_or_demo(settings.saved_model, "result/saved_model")
+    if not (saved_model / "saved_model.pb").exists():
+        raise MeasureError(f"{saved_model} is no SavedModel: name that of a training run with --saved_model")
+    network = tf.saved_model.load(str(saved_model)).signatures["serving_default"]
+    images = read_images(settings.images)
+    pages = page_range(settings.pages, len(images))
     scored = {}
 
     def predict(tiles: npt.NDArray[Any]) -> npt.NDArray[Any]:
         answer = network(image=tf.constant(tiles[..., np.newaxis]))[OUTPUT].numpy()
         return np.asarray(answer[..., 0], np.float32)
 
-    with tempfile.TemporaryDirectory() as name, Segmenter(chosen.url, timeout_s=300) as segmenter:
+    with tempfile.TemporaryDirectory() as name, Segmenter(settings.url, timeout_s=300) as segmenter:
         folder = Path(name)
         part = folder / "part.tif"
-        tifffile.imwrite(part, read_images(chosen.images)[pages], photometric="minisblack")
+        tifffile.imwrite(part, images[pages], photometric="minisblack")
 
         def client() -> None:
             segment_volume(segmenter, part, Request(overwrite=True, quiet=True, picture_slice=None))
@@ -91,13 +138,14 @@ def against_tensorflow(chosen: Any) -> dict[str, Any]:
             found = np.stack([predict_tiled(image, plan, predict) for image in images])
             tifffile.imwrite(folder / "tensorflow.tif", found, photometric="minisblack")
 
-        taken = interleaved({"client": client, "tensorflow": reference}, chosen.rounds)
-        if chosen.labels is not None:
-            labels = read_labels(chosen.labels)[pages]
+        with by_the_engine(settings.url):
+            taken = interleaved({"client": client, "tensorflow": reference}, settings.rounds)
+        if settings.labels is not None:
+            labels = read_labels(settings.labels)[pages]
             for who, file in (("client", "part-probability.tif"), ("tensorflow", "tensorflow.tif")):
                 scores = score_stack(tifffile.imread(folder / file), labels)
                 scored[who] = {"v_rand": scores.best_v_rand, "v_info": scores.best_v_info}
-    count = chosen.pages[1] - chosen.pages[0]
+    count = len(pages)
     return {
         "slices": count,
         "client_slices_per_s": count / statistics.median(taken["client"]),
@@ -129,14 +177,14 @@ def watched(line: Sequence[str]) -> tuple[list[tuple[float, float]], float]:
     return samples, max(rss for _, rss in samples)
 
 
-def memory(chosen: Any) -> dict[str, Any]:
+def memory(settings: FigureSettings) -> dict[str, Any]:
     """The client's resident memory while it segments stacks of several lengths, and a slice of 16k x 16k."""
-    side, curves = chosen.side, {}
+    side, curves = settings.side, {}
     random = np.random.default_rng(0)
     plane = random.integers(0, 256, (side, side), np.uint8)
-    with tempfile.TemporaryDirectory(dir=chosen.out) as name:
-        cases = {f"{count} slices": (count, plane) for count in chosen.slices}
-        if chosen.large:
+    with tempfile.TemporaryDirectory(dir=settings.out) as name:
+        cases = {f"{count} slices": (count, plane) for count in settings.slices}
+        if settings.large:
             repeats = -(-_LARGE // side)
             cases[f"1 slice of {_LARGE}"] = (1, np.tile(plane, (repeats, repeats))[:_LARGE, :_LARGE])
         for title, (count, pixels) in cases.items():
@@ -145,9 +193,9 @@ def memory(chosen: Any) -> dict[str, Any]:
                 for _ in range(count):
                     tiff.write(pixels, photometric="minisblack", contiguous=True, metadata=None)
             # Large pages pass without shared memory too: what the server maps is no client's memory.
-            line = [sys.executable, str(_CLIENT), str(source), "--url", chosen.url, "--overwrite", "--quiet"]
+            line = [sys.executable, str(_CLIENT), str(source), "--url", settings.url, "--overwrite", "--quiet"]
             curves[title], _ = watched([*line, "--timeout", "600"])
-    _draw(chosen.out / "memory.png", curves)
+    _draw(settings.out / "memory.png", curves)
     return {title: {"peak_mib": max(rss for _, rss in curve)} for title, curve in curves.items()}
 
 
@@ -166,13 +214,13 @@ def _draw(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
         figure.savefig(aside, dpi=110, format="png")
 
 
-def several_servers(chosen: Any) -> dict[str, Any]:
+def several_servers(settings: FigureSettings) -> dict[str, Any]:
     """Slices by one segmenter for each server at the same time, over the same slices by the first server alone."""
-    images = list(np.random.default_rng(0).integers(0, 256, (4 * len(chosen.servers), 512, 512), np.uint8))
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(chosen.servers)) as pool:
-        segmenters = [stack.enter_context(Segmenter(url, timeout_s=300)) for url in chosen.servers]
+    images = list(np.random.default_rng(0).integers(0, 256, (4 * len(settings.servers), 512, 512), np.uint8))
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(settings.servers)) as pool:
+        segmenters = [stack.enter_context(Segmenter(url, timeout_s=300)) for url in settings.servers]
         if len({segmenter.interface for segmenter in segmenters}) > 1:
-            raise FigureError(f"{', '.join(chosen.servers)} serve different models: publish the same one on all")
+            raise MeasureError(f"{', '.join(settings.servers)} serve different models: publish the same one on all")
 
         def segment(segmenter: Segmenter, part: list[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float32]]:
             return list(segmenter.segment(part))
@@ -183,22 +231,23 @@ def several_servers(chosen: Any) -> dict[str, Any]:
             return [found[index % len(found)][index // len(found)] for index in range(len(images))]
 
         first = segment(segmenters[0], images)
-        if not all(np.allclose(one, other, atol=chosen.tolerance) for one, other in zip(first, together())):
-            raise FigureError(f"{', '.join(chosen.servers)} answer differently: publish the same model on all")
-        taken = interleaved({"one": lambda: segment(segmenters[0], images), "together": together}, chosen.rounds)
+        if not all(np.allclose(one, other, atol=settings.tolerance) for one, other in zip(first, together())):
+            raise MeasureError(f"{', '.join(settings.servers)} answer differently: publish the same model on all")
+        with by_the_engine(*settings.servers):
+            taken = interleaved({"one": lambda: segment(segmenters[0], images), "together": together}, settings.rounds)
     rates = {f"{who}_slices_per_s": len(images) / statistics.median(each) for who, each in taken.items()}
     return {"servers": len(segmenters), **rates, "ratio": speed_ratio(taken, "together", "one")}
 
 
-def soak(chosen: Any) -> dict[str, Any]:
+def soak(settings: FigureSettings) -> dict[str, Any]:
     """Many clients at once for a while, each with slices of its own; every answer is compared with the first one."""
     random = np.random.default_rng(0)
-    images = [random.integers(0, 256, (100, 100), np.uint8) for _ in range(chosen.clients)]
-    with Segmenter(chosen.url, timeout_s=300) as segmenter:
+    images = [random.integers(0, 256, (100, 100), np.uint8) for _ in range(settings.clients)]
+    with Segmenter(settings.url, timeout_s=300) as segmenter:
         expected = list(segmenter.segment(images))
     if len({answer.tobytes() for answer in expected}) < len(images):
-        raise FigureError("two inputs have one answer, and swapped ones would go unnoticed: serve a trained network")
-    until, lock = time.monotonic() + chosen.seconds, threading.Lock()
+        raise MeasureError("two inputs have one answer, and swapped ones would go unnoticed: serve a trained network")
+    until, lock = time.monotonic() + settings.seconds, threading.Lock()
     counts = {"answers": 0, "wrong": 0}
     gave_up: Counter[str] = Counter()
     process = psutil.Process()
@@ -206,27 +255,29 @@ def soak(chosen: Any) -> dict[str, Any]:
 
     def client(index: int) -> None:
         order = np.random.default_rng(index)
-        with Segmenter(chosen.url, timeout_s=300) as segmenter:
+        with Segmenter(settings.url, timeout_s=300) as segmenter:
             while time.monotonic() < until:
-                chosen_ones = order.integers(0, len(images), 4)
-                for which, answer in zip(chosen_ones, segmenter.segment([images[one] for one in chosen_ones])):
-                    right = np.allclose(answer, expected[which], atol=chosen.tolerance)
+                which_ones = order.integers(0, len(images), 4)
+                for which, answer in zip(which_ones, segmenter.segment([images[one] for one in which_ones])):
+                    right = np.allclose(answer, expected[which], atol=settings.tolerance)
                     with lock:
                         counts["answers"] += 1
                         counts["wrong"] += not right
                 with lock:
                     rss.append(process.memory_info().rss / 2**20)
 
-    with ThreadPoolExecutor(chosen.clients) as pool:
-        for future in [pool.submit(client, index) for index in range(chosen.clients)]:
+    with counted(settings.url, "unet") as seen, ThreadPoolExecutor(settings.clients) as pool:
+        for future in [pool.submit(client, index) for index in range(settings.clients)]:
             try:
                 future.result()
             except ClientError as error:  # what the others found still counts
                 gave_up[str(error)] += 1
+    with contextlib.suppress(ClientError):  # a server that has gone tells nothing
+        counts["from_cache"] = seen().cached
     third = len(rss) // 3
     return {
-        "clients": chosen.clients,
-        "seconds": chosen.seconds,
+        "clients": settings.clients,
+        "seconds": settings.seconds,
         **counts,
         "gave_up": dict(gave_up),
         "rss_mib_second_third": max(rss[third : 2 * third], default=0.0),

@@ -78,6 +78,22 @@ def test_servers_share_the_work(
     assert found["ratio"] == pytest.approx(found["together_slices_per_s"] / found["one_slices_per_s"])
 
 
+def test_what_a_response_cache_answers_is_no_figure(
+    tiny_artefacts: Path,
+    settings_for: Callable[..., ServerSettings],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8, response_cache=True))
+    with TritonServer(settings_for(tmp_path / "models", response_cache_mib=64)) as server:
+        url = server.settings.grpc_url
+        assert main(["servers", "--servers", url, "--rounds", "1", "--out", str(tmp_path)]) == 2
+        assert "answered from the response cache" in capsys.readouterr().err
+        assert main(["soak", "--url", url, "--clients", "2", "--seconds", "0.2", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "soak.json").read_text())["from_cache"] > 0
+    assert not (tmp_path / "servers.json").exists()
+
+
 @pytest.mark.slow
 def test_memory_does_not_depend_on_the_number_of_slices(triton_server: TritonServer, tmp_path: Path) -> None:
     line = ["memory", "--url", triton_server.settings.grpc_url, "--slices", "30", "3000", "--side", "128"]
