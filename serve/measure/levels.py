@@ -1,6 +1,6 @@
-"""The same tiles by every way that they can take: the engine alone, Triton by gRPC and by shared memory, perf_analyzer.
+"""The levels of the benchmark: the engine alone, Triton by gRPC and by shared memory, and perf_analyzer.
 
-Each way is a level: something with a name that measures a load for a while and gives a sample.
+A level has a name, keeps a load up for some seconds, and returns a sample.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 Infer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float16]]
-# Levels by the kind of room that their requests travel in, the fastest first.
+# Names of levels by the kind of memory that carries their requests, the fastest first.
 WAYS = {CudaSlot: "CUDA shared memory", SharedSlot: "shared memory", Slot: "gRPC"}
-# A level that is too slow for the wanted seconds still answers so many requests.
+# A slow level answers at least this many requests, even if that takes longer than it should.
 _LEAST_REQUESTS = 2
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a level: so many requests at a time, each of a batch of square tiles."""
+    """What a level is asked: how many requests at a time, each with a batch of square tiles."""
 
     tile_size: int
     batch_size: int
     concurrency: int = 1
 
     def images(self) -> npt.NDArray[np.uint8]:
-        """Noise, uint8 [N, 1, S, S]: the network takes as long for it as for anything else."""
+        """Noise, uint8 [N, 1, S, S]; the network needs the same time for any image."""
         shape = (self.batch_size, 1, self.tile_size, self.tile_size)
         return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one level came to in one round.
+    """The result of one level in one round.
 
     Attributes:
         images: answered.
-        wall_s: in so many seconds. Of perf_analyzer, which starts and warms up in between, the rate is the right one.
-        latencies_s: of each request; none where perf_analyzer, which keeps them to itself, measured.
+        wall_s: time for them, in seconds. For perf_analyzer, which also starts and warms up, only the rate is right.
+        latencies_s: of each request; empty for perf_analyzer, which does not report them.
         server: what the server counted meanwhile, None without one.
         cost: what it took, None where it was not measured.
         perf: perf_analyzer's own row.
@@ -84,7 +84,7 @@ class Level(Protocol):
     name: str
 
     def measure(self, load: Load, seconds: float) -> Sample:
-        """Keep it under load for so many seconds, and for two requests at least."""
+        """Keep up the load for some seconds, and for at least two requests."""
 
 
 def timed_requests(send: Callable[[], object], seconds: float) -> list[float]:
@@ -99,7 +99,7 @@ def timed_requests(send: Callable[[], object], seconds: float) -> list[float]:
 
 
 class EngineLevel:
-    """The engine that is served, alone in this process: what the rest is measured against."""
+    """The served engine alone in this process: the base that the other levels are compared with."""
 
     name = "engine"
 
@@ -107,7 +107,7 @@ class EngineLevel:
         self._infer, self._meter = infer, meter
 
     def measure(self, load: Load, seconds: float) -> Sample:
-        """One pass after another: it has no use for more at a time."""
+        """One pass after another, whatever the concurrency: the engine takes one batch at a time."""
         images = load.images()
         self._infer(images)
         with self._meter.measure() as cost:
@@ -119,7 +119,7 @@ class TritonLevel:
     """Triton by tritonclient's gRPC, the pixels sent or in shared memory.
 
     Args:
-        kind: of room that pixels travel in.
+        kind: of memory that carries the pixels.
         url: the server's address.
         model: the served model.
         timeout_s: longest wait for an answer.
@@ -132,7 +132,7 @@ class TritonLevel:
         self._meter = meter
 
     def measure(self, load: Load, seconds: float) -> Sample:
-        """As many threads as requests at a time, each with a connection of its own.
+        """One thread for each concurrent request, each with its own connection.
 
         Raises:
             ClientError: the server does not answer or refuses.
@@ -205,7 +205,7 @@ class PerfAnalyzerLevel:
 
     Args:
         analyzer: the program.
-        kind: of room that its pixels travel in.
+        kind: of memory that carries its pixels.
         url: the server's address.
         model: the served model.
         timeout_s: longest run.
@@ -223,14 +223,14 @@ class PerfAnalyzerLevel:
         self._rates: dict[Load, float] = {}
 
     def measure(self, load: Load, seconds: float) -> Sample:
-        """Three of its windows, which together last about as long as was asked for.
+        """Three of its windows; together they last about as long as asked.
 
         It sends the same tiles again and again, which a response cache answers: the sample then says so.
 
         Raises:
             MeasureError: it fails.
         """
-        # It wants a number of requests for each window, of which it takes three.
+        # It takes a number of requests for each of its three windows.
         if load not in self._rates:
             self._rates[load] = self._ours.measure(load, 0.0).img_per_s / load.batch_size
         wanted = self._rates[load] * seconds / 3

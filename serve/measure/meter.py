@@ -1,4 +1,4 @@
-"""What a stretch of load cost, by the counts of the server, of the operating system and of the GPU's driver."""
+"""What a period of load costs, by the counters of the server, of the operating system and of the GPU's driver."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def server_process(url: str) -> psutil.Process | None:
 
 @dataclass
 class Cost:
-    """What a stretch of load took.
+    """What a period of load took.
 
     Attributes:
         client_cpu_s: of this process and its children, in seconds of one core.
         server_cpu_s: of the server and its backends; None where they cannot be seen.
-        other_cpu_s: of everything else that can be seen on this machine: it should be next to nothing.
+        other_cpu_s: of all other visible processes of this machine; it should be close to 0.
         server_rss_mib: resident memory of the server and its backends at the end; None where they cannot be seen.
         wire_bytes: that went over the network, or over the loopback interface, whoever sent them.
         gpu_percent: utilisation of the GPU at the end, None without one.
@@ -134,7 +134,7 @@ class Meter:
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Cost]:
-        """Gives what is filled in at the block's end."""
+        """Yields a cost whose values are filled in at the end of the block."""
         cost = Cost()
         before, sent = self._times(), self._wire_bytes()
         yield cost

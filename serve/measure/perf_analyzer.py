@@ -1,4 +1,4 @@
-"""NVIDIA's perf_analyzer, the one that the tritonclient wheel carries, as a second opinion on our benchmark."""
+"""NVIDIA's perf_analyzer from the tritonclient wheel: a second opinion on our benchmark."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from serve.measure.common import MeasureError
 from unet.geometry import output_size
 from unet.processes import signals_held_back
 
-# The names under which the binary wants the libraries that nvidia-pytriton carries with a hash in theirs.
+# The library names that the binary asks for; nvidia-pytriton has the same libraries with a hash in their names.
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so*", "libcudart.so.12": "libcudart-*.so.12*"}
 _UNSTABLE = 2
-# Three of its windows in a row must agree within this; without that a second run, which says so, is less strict.
+# Three windows in a row must agree within this. If they do not, a second run is less strict, and says so.
 STABLE_PERCENT = 10.0
 _LOOSE_PERCENT = 80.0
 _MOST_WINDOWS = 10
@@ -42,7 +42,7 @@ class PerfRow:
 
     Attributes:
         columns: by its own names, see `COLUMNS`; latencies are of requests, in microseconds.
-        requests: that it measured, 0 if it did not say.
+        requests: that it measured; 0 if its output does not tell.
         stable: whether its windows agreed within `STABLE_PERCENT`.
     """
 
@@ -63,8 +63,8 @@ class PerfRow:
 class PerfAnalyzer:
     """The program, made to start on this machine.
 
-    Where it uses shared memory it first has the server forget everyone's regions, so that a client that is at work on
-    the same server fails, and it names its own after the model's inputs: let one run at a time.
+    With shared memory it first tells the server to forget the regions of all clients, so another client of the same
+    server fails. It names its own regions after the model's inputs: run only one at a time.
 
     Args:
         reports: folder for its reports.
@@ -124,13 +124,7 @@ class PerfAnalyzer:
         words += ["--shape", f"image:1,{tile_size},{tile_size}", "--input-data", "random"]
         words += ["--measurement-mode", "count_windows", "--measurement-request-count", str(requests)]
         words += ["--max-trials", str(_MOST_WINDOWS), "-f", str(report)]
-        if rate is None:
-            words += ["--concurrency-range", str(concurrency)]
-        else:
-            words += ["--request-rate-range", f"{rate:g}", "--request-distribution", "poisson"]
-        if memory != "none":
-            size = batch_size * output_size(tile_size) ** 2 * 2
-            words += ["--shared-memory", memory, "--output-shared-memory-size", str(size)]
+        words += _load_words(concurrency, rate) + _memory_words(memory, batch_size, tile_size)
         self._reports.mkdir(parents=True, exist_ok=True)
         for percent in (STABLE_PERCENT, _LOOSE_PERCENT):
             report.unlink(missing_ok=True)
@@ -159,6 +153,19 @@ class PerfAnalyzer:
         return process.returncode, said
 
 
+def _load_words(concurrency: int, rate: float | None) -> list[str]:
+    if rate is None:
+        return ["--concurrency-range", str(concurrency)]
+    return ["--request-rate-range", f"{rate:g}", "--request-distribution", "poisson"]
+
+
+def _memory_words(memory: str, batch_size: int, tile_size: int) -> list[str]:
+    if memory == "none":
+        return []
+    answer_bytes = batch_size * output_size(tile_size) ** 2 * 2
+    return ["--shared-memory", memory, "--output-shared-memory-size", str(answer_bytes)]
+
+
 def _ending(code: int) -> str:
     """How it ended, in words."""
     if code < 0:
@@ -168,9 +175,10 @@ def _ending(code: int) -> str:
 
 @contextlib.contextmanager
 def _ended_at_last(words: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Run perf_analyzer; if it still runs at the block's end, it is killed and its shared memory is removed.
+    """Run perf_analyzer; if it still runs at the end of the block, it is killed and its shared memory is removed.
 
-    On SIGINT it can wait for ever, on SIGTERM it leaves its shared memory: so a terminal's Ctrl-C is kept from it.
+    After SIGINT it can wait for ever, and after SIGTERM it leaves its shared memory. So it does not get a terminal's
+    Ctrl-C.
     """
     with contextlib.ExitStack() as stack:
         with signals_held_back():

@@ -1,4 +1,4 @@
-"""Rows of the benchmark: what the rounds of one level came to under one load, and whether that can be believed."""
+"""Rows of the benchmark: the result of one level under one load, and whether it can be relied on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from serve.measure.levels import Load, Sample
 
 SLICE_PX = 512
-# Little's law holds for means over the same stretch; the ends of a short one do not quite belong to it.
+# Little's law holds for means over the same period; the ends of a short period do not fit exactly.
 _LITTLE_TOLERANCE = 0.2
-# The mean of equal latencies is one of them only up to the rounding of their sum.
+# The mean of equal latencies differs from them by the rounding of their sum.
 _ROUNDING = 1e-9
-# Largest over smallest rate of the rounds, from which on the machine was busy with something else in some of them.
+# Largest over smallest rate of the rounds; above it the machine did something else in some of them.
 _LARGEST_SPREAD = 1.5
-# Of the cores, taken by processes that are neither ours nor the server's.
+# The share of the cores that other processes than ours and the server's may take.
 _LARGEST_OTHER_SHARE = 0.1
 
 
@@ -52,7 +52,7 @@ class Row:
         gpu_percent: utilisation of the GPU; None without one.
         gpu_mib: its memory in use.
         wire_bytes_per_img: over the network or the loopback interface.
-        refused: why the row is not to be believed; empty if nothing speaks against it.
+        refused: why the row cannot be relied on; empty if it can.
     """
 
     level: str
@@ -99,9 +99,9 @@ class Row:
 
 
 def lone_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of a benchmark's JSON the rows through Triton with one request at a time, of its first tile size.
+    """The rows of a benchmark's JSON through Triton with one request at a time, of its first tile size.
 
-    Those with shared memory, or, where there are none, those with pixels sent; a refused row is left out.
+    Those with shared memory if there are any, else those by gRPC; refused rows are left out.
     """
     rows = [row for row in record["rows"] if row["concurrency"] == 1 and not row["refused"]]
     for level in WAYS.values():
@@ -191,7 +191,7 @@ def _costs(samples: Sequence[Sample]) -> dict[str, float | None]:
 def refusal(
     load: Load, rate: float, rounds: Sequence[float], values: Mapping[str, float | None], requests: int | None = None
 ) -> str:
-    """Why a row contradicts itself or was disturbed; empty if nothing speaks against it.
+    """Why a row contradicts itself or was disturbed; empty if neither.
 
     Args:
         load: what was asked for.
@@ -204,11 +204,11 @@ def refusal(
     if mean_ms is not None and p99_ms is not None and mean_ms > p99_ms * (1 + _ROUNDING):
         return f"the mean latency, {mean_ms:.1f} ms, is beyond the 99th percentile, {p99_ms:.1f} ms"
     if mean_ms is not None:
-        # Little's law: images under way = rate x time that each is under way. The last answers come one by one.
+        # Little's law: images in flight = rate x time in flight. The last answers come one by one.
         expected = load.batch_size * load.concurrency / mean_ms * 1e3
         ends = (load.concurrency - 1) / requests if requests else 0.0
         if abs(rate / expected - 1) > _LITTLE_TOLERANCE + ends:
-            return f"{rate:.1f} img/s do not go with a mean latency of {mean_ms:.1f} ms, which makes {expected:.1f}"
+            return f"{rate:.1f} img/s do not fit a mean latency of {mean_ms:.1f} ms, which makes {expected:.1f}"
     if max(rounds) > _LARGEST_SPREAD * min(rounds):
         return f"not stable: its rounds gave {min(rounds):.1f} to {max(rounds):.1f} img/s"
     other = values.get("other_cores") or 0.0

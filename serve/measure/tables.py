@@ -1,4 +1,4 @@
-"""What the benchmark found, for people and for programs: Markdown, CSV in perf_analyzer's columns, charts."""
+"""The results of the benchmark as Markdown, as CSV with perf_analyzer's columns, and as charts."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def report(
 
 
 def refusals(rows: Sequence[Row]) -> list[str]:
-    """A line for each row that is not to be believed."""
+    """A line for each row that cannot be relied on."""
     return [
         f"refused: {row.level}, tile {row.tile_size}, batch {row.batch_size}, {row.concurrency} at a time: "
         f"{row.refused}"

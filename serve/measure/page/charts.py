@@ -102,7 +102,7 @@ def speed_charts(benchmark: Mapping[str, Any]) -> tuple[int, list[str]]:
     """Throughput and latency of ``serve/benchmark.py``'s JSON.
 
     Returns:
-        The side of an image, and two charts; no chart where no row of the benchmark is to be believed.
+        The side of an image, and two charts; no chart where no row of the benchmark can be relied on.
     """
     rows = lone_rows(benchmark)
     if not rows:

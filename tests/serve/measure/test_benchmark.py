@@ -92,7 +92,7 @@ def test_what_the_cache_answered_and_what_is_unstable_say_so() -> None:
     ("rounds", "values", "reason"),
     [
         ((10.0,), {"mean_ms": 100.0, "p99_ms": 90.0}, "mean latency, 100.0 ms, is beyond the 99th percentile, 90.0"),
-        ((10.0,), {"mean_ms": 50.0, "p99_ms": 60.0}, "10.0 img/s do not go with a mean latency of 50.0 ms"),
+        ((10.0,), {"mean_ms": 50.0, "p99_ms": 60.0}, "10.0 img/s do not fit a mean latency of 50.0 ms"),
         ((8.0, 13.0), {"mean_ms": 100.0, "p99_ms": 110.0}, "not stable: its rounds gave 8.0 to 13.0 img/s"),
         ((10.0,), {"other_cores": 0.2 * usable_cores()}, "another load on the machine"),
         ((9.0, 11.0), {"mean_ms": 100.0, "p99_ms": 110.0, "other_cores": 0.0}, ""),
@@ -108,13 +108,13 @@ def test_the_last_answers_of_many_at_a_time_come_one_by_one() -> None:
     values = {"mean_ms": 100.0, "p99_ms": 110.0}
     # Four at a time for 100 ms each make 40 a second; two requests each are too few to see it.
     assert refusal(Load(572, 1, 4), 30.0, (30.0,), values, requests=8) == ""
-    assert "do not go with" in refusal(Load(572, 1, 4), 30.0, (30.0,), values, requests=100)
+    assert "do not fit" in refusal(Load(572, 1, 4), 30.0, (30.0,), values, requests=100)
 
 
 def test_the_engine_takes_one_at_a_time_whatever_is_asked() -> None:
     assert summarise("engine", Load(572, 1, 2), [Sample(4, 4.0, (1.0,) * 4)]).refused == ""
     counts = ServerCounts(4, 4, 4, 0, 0, 0, 0)
-    assert "do not go with" in summarise("gRPC", Load(572, 1, 4), [Sample(90, 90.0, (1.0,) * 90, counts)]).refused
+    assert "do not fit" in summarise("gRPC", Load(572, 1, 4), [Sample(90, 90.0, (1.0,) * 90, counts)]).refused
 
 
 def row_of(level: str, batch: int, rate: float, **changes: Any) -> Row:
