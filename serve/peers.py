@@ -20,7 +20,7 @@ from unet.card import Card
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
 from unet.files import atomic_file, write_json
-from unet.machine import instruction_sets, processor_name, usable_cores
+from unet.machine import machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,11 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparisons = compare(settings, Path(folder))
     gflop = convolution_gflop(settings.artefacts / "model.onnx", settings.tile_size)
     engine = f"{card.engine.kind} {card.engine.precision}"
-    heading = (
-        f"{engine}, tiles of {settings.tile_size}, {settings.rounds} rounds, {usable_cores()} cores of "
-        f"{processor_name()} with {', '.join(instruction_sets()) or 'unknown instructions'}"
-    )
-    text = "\n\n".join([heading, *(report(one, gflop, card.engine.precision) for one in comparisons)])
+    heading = f"{engine}, tiles of {settings.tile_size}, {settings.rounds} rounds, {machine()}"
+    text = "\n\n".join([heading, *(report(one, gflop) for one in comparisons)])
     _write(settings, comparisons, gflop, card, text)
     say(f"{text}\n\nall figures: {settings.out}")
     failed = comparisons[0].subjects[OURS].failure
@@ -63,12 +60,11 @@ def _write(settings: PeersSettings, comparisons: Sequence[Comparison], gflop: fl
     values: dict[str, Any] = {
         "settings": plain(asdict(settings)),
         "engine": f"{card.engine.kind} {card.engine.precision}",
-        "machine": f"{usable_cores()} cores of {processor_name()}",
-        "instructions": instruction_sets(),
+        "machine": asdict(machine()),
         "gflop_per_tile": gflop,
     }
     for one in comparisons:
-        reached = bars(one, gflop, card.engine.precision)
+        reached = bars(one, gflop)
         values["held_to_" + one.isa if one.isa else "own_instructions"] = {
             "gemm_gflop_per_s": one.peaks,
             "subjects": {name: vars(subject) for name, subject in one.subjects.items()},

@@ -26,7 +26,7 @@ from serve.measure.meter import Meter
 from serve.measure.perf_analyzer import PerfAnalyzer
 from serve.measure.progress import Progress
 from serve.measure.rows import SLICE_PX, Row, summarise
-from serve.measure.served import gpu_name, instance_threads, machine, served_engine
+from serve.measure.served import gpu_name, instance_threads, machine_in_words, served_engine
 from serve.segment.connection import Connection
 from serve.segment.segmenter import Segmenter
 from serve.segment.slots import Slot, slot_for
@@ -239,7 +239,7 @@ class Bench:
         settings = self.settings
         engine = f" The engine alone computes with {self.threads} threads, as an instance of the server does."
         return (
-            f"Images through {settings.model_name} on {machine()}, {settings.rounds} rounds, "
+            f"Images through {settings.model_name} on {machine_in_words()}, {settings.rounds} rounds, "
             f"{settings.seconds:g} s for each cell.{engine if self.threads else ''}"
         )
 
@@ -248,7 +248,7 @@ class Bench:
         out = self.settings.out
         values = {
             "settings": plain(asdict(self.settings)),
-            "machine": machine(),
+            "machine": machine_in_words(),
             "engine_threads": self.threads,
             "rows": [{**asdict(row), "slices_per_s": row.slices_per_s} for row in self.rows],
             "stack": self.stack,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.measure.common import MeasureError
@@ -12,10 +10,11 @@ from serve.measure.meter import server_process
 from unet.card import CARD_FILE, Card
 from unet.engine.cpu import load_engine
 from unet.files import sha256_of
-from unet.machine import run_tool, usable_cores
+from unet.machine import machine, run_tool, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from serve.measure.levels import Infer
     from serve.segment.connection import Connection
@@ -67,10 +66,6 @@ def gpu_name() -> str:
     return said.splitlines()[0].strip() if said and said.strip() else ""
 
 
-def machine() -> str:
-    """What this ran on, in words."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return ", ".join(filter(None, (f"{usable_cores()} cores of {cpu}", gpu_name())))
+def machine_in_words() -> str:
+    """What this runs on: the processor, and the GPU if there is one."""
+    return ", ".join(filter(None, (str(machine()), gpu_name())))

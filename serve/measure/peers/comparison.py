@@ -37,12 +37,14 @@ class Subject:
 
     Attributes:
         img_per_s: by batch size, one value for each round.
+        precision: "f32", "bf16" or "int8", of our own engine; empty for the others.
         difference: mean absolute difference of its probabilities from TensorFlow's.
         failure: why it has no figures.
     """
 
     name: str
     img_per_s: dict[int, list[float]] = field(default_factory=dict)
+    precision: str = ""
     difference: float = float("nan")
     failure: str = ""
 
@@ -90,6 +92,7 @@ class Comparison:
                 subject.failure = str(error)
                 return
             subject.failure = found.get("skipped", "")
+            subject.precision = found.get("precision", "")
             for size, rate in found.get("img_per_s", {}).items():
                 subject.img_per_s.setdefault(int(size), []).append(rate)
 

@@ -126,19 +126,21 @@ class Reached:
         return "met" if min(known) >= self.wanted else "missed"
 
 
-def bars(comparison: Comparison, gflop: float, precision: str) -> list[Reached]:
+def bars(comparison: Comparison, gflop: float) -> list[Reached]:
     """Every bar of a comparison, and what was reached.
 
     Args:
         comparison: the measured one.
         gflop: arithmetic of a tile.
-        precision: of the engine: "f32", "bf16" or "int8".
     """
     sizes = comparison.settings.batch_sizes
     reached = [
         Reached(bar.title, bar.wanted, {size: _over_fastest(comparison, bar.peers, size) for size in sizes})
         for bar in (HELD_BARS if comparison.isa else BARS)
     ]
+    precision = comparison.subjects[OURS].precision
+    if not precision:
+        return reached
     share = _over_product(comparison, gflop, precision, sizes[0])
     title = f"engine / matrix product in {GEMM_FORMATS[precision]}, batch {sizes[0]}"
     return [*reached, Reached(title, PRODUCT_WANTED, {sizes[0]: share})]
@@ -172,11 +174,12 @@ def bar_table(reached: Sequence[Reached], sizes: Sequence[int]) -> str:
     return markdown(["bar", "wanted", *(f"batch {size}" for size in sizes), ""], lines)
 
 
-def report(comparison: Comparison, gflop: float, precision: str) -> str:
+def report(comparison: Comparison, gflop: float) -> str:
     """Everything about one comparison, as Markdown."""
     sizes = comparison.settings.batch_sizes
-    parts = [f"Held to {comparison.isa}:"] if comparison.isa else []
-    parts += [table(comparison), bar_table(bars(comparison, gflop, precision), sizes)]
+    where = f"held to {comparison.isa}" if comparison.isa else "with all instructions"
+    parts = [f"This project's engine computes in {comparison.subjects[OURS].precision or '?'} {where}:"]
+    parts += [table(comparison), bar_table(bars(comparison, gflop), sizes)]
     peaks = {name: statistics.median(values) for name, values in comparison.peaks.items()}
     if peaks:
         products = ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items())

@@ -58,7 +58,7 @@ def test_images_over_time_without_the_first_call() -> None:
 def comparison(rates: dict[str, list[float]], isa: str = "") -> Comparison:
     settings = PeersSettings(batch_sizes=(1,))
     made = Comparison(Path(), dict.fromkeys(rates, ""), settings, isa)
-    made.subjects = {name: Subject(name, {1: values}, 0.0) for name, values in rates.items()}
+    made.subjects = {name: Subject(name, {1: values}, difference=0.0) for name, values in rates.items()}
     return made
 
 
@@ -71,7 +71,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     made = comparison({"engine": [10.0, 30.0, 24.0], "tensorflow": [5.0, 10.0, 8.0]})
     assert made.speed_up("tensorflow", 1) == [2.0, 3.0, 3.0]
     made.peaks = {"bfloat16": [400.0, 500.0, 480.0]}
-    text = report(made, gflop=10.0, precision="bf16")
+    text = report(made, gflop=10.0)
     lines = [words(line) for line in text.splitlines()]
     assert ["TensorFlow SavedModel, float32", "8.00", "3.00 (2.00 to 3.00)", "0.0e+00"] in lines
     assert "matrix product, GFLOP/s (int8: GOP/s): bfloat16 480" in text
@@ -80,21 +80,21 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_bars_are_met_or_missed_round_by_round() -> None:
     rates = {"tensorflow": [5.0, 5.0, 5.0], "pytorch": [2.0, 12.0, 2.0], "openvino": [10.0, 10.0, 10.0]}
     made = comparison({"engine": [25.0, 25.0, 20.0], **rates})
-    made.peaks = {"int8": [250.0, 500.0, 500.0]}
-    found = {one.title: (one.ratios[1], one.verdict) for one in bars(made, gflop=10.0, precision="int8")}
+    made.peaks, made.subjects["engine"].precision = {"int8": [250.0, 500.0, 500.0]}, "int8"
+    found = {one.title: (one.ratios[1], one.verdict) for one in bars(made, gflop=10.0)}
     assert found["engine / TensorFlow, its defaults"] == (5.0, "met")
     assert found["engine / OpenVINO, its defaults"] == (2.5, "met")
     # The fastest in each round: 5, 12 and 5.
     assert found["engine / the fastest of TensorFlow, ONNX Runtime and PyTorch with any switch"] == (4.0, "met")
     assert found["engine / matrix product in int8, batch 1"] == (0.5, "missed")
     made.subjects["openvino"].failure = "it was killed by signal 9"
-    found = {one.title: (one.ratios[1], one.verdict) for one in bars(made, gflop=10.0, precision="int8")}
+    found = {one.title: (one.ratios[1], one.verdict) for one in bars(made, gflop=10.0)}
     assert found["engine / OpenVINO, its defaults"] == (None, "not measured")
-    lines = [words(line) for line in bar_table(bars(made, 10.0, "int8"), (1,)).splitlines()]
+    lines = [words(line) for line in bar_table(bars(made, 10.0), (1,)).splitlines()]
     assert lines[-1] == ["engine / matrix product in int8, batch 1", "0.95", "0.50", "missed"]
     # Other bars count where all are held to fewer instructions.
     held = comparison({"engine": [9.0], **{name: values[:1] for name, values in rates.items()}}, "AVX2")
-    wanted = {one.title: (one.wanted, one.ratios[1]) for one in bars(held, 1.0, "f32")}
+    wanted = {one.title: (one.wanted, one.ratios[1]) for one in bars(held, 1.0)}
     assert wanted["engine / OpenVINO, its defaults"] == (1.5, 0.9)
     assert wanted["engine / the fastest of TensorFlow, ONNX Runtime and PyTorch at their defaults"] == (3.0, 1.8)
 
