@@ -167,7 +167,7 @@ class Demo:
                     share = step / total if total else None
                     note = f"step {step}, loss {data['loss']:.4f}, {data['img_per_s']:.1f} img/s"
                 if "dice" in data:
-                    progress.line(f"   step {step}: held-out Dice {data['dice']:.4f}")
+                    progress.line(f"   step {step}: validation Dice {data['dice']:.4f}")
             if process.wait():
                 progress.line(log.read_text(encoding="utf-8", errors="replace")[-3000:])
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.log import read_log
+from train.run.log import CURVE_NAME, read_log
 from unet.files import atomic_file
 from unet.volume.overlay import membrane_overlay
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from train.input.dataset import Windows
-    from unet.scores import StackScores
+    from train.scoring import Tally
 
 _GAP_PX = 6
+_COLOURS = {"v_rand": "tab:orange", "v_info": "tab:green", "dice": "tab:red"}
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -34,12 +35,12 @@ def _figure() -> Any:
 
 
 def learning_curve(model_dir: str | Path) -> Path | None:
-    """Draw the loss and the held-out Dice over the steps, from a run's log, as ``learning_curve.png`` beside it.
+    """Draw the loss and the validation scores over the steps, from a run's log, as ``learning_curve.png`` beside it.
 
     Returns:
-        The picture, or None where the log has no loss yet.
+        The picture, or None if the log has no loss yet.
     """
-    points: dict[str, list[tuple[int, float]]] = {"loss": [], "dice": []}
+    points: dict[str, list[tuple[int, float]]] = {"loss": [], "v_rand": [], "v_info": [], "dice": []}
     for step, data in read_log(model_dir):
         for name in points.keys() & data.keys():
             if isinstance(step, int):
@@ -50,30 +51,40 @@ def learning_curve(model_dir: str | Path) -> Path | None:
     left = figure.subplots()
     left.plot(*zip(*points["loss"]), color="tab:blue", label="training loss, mean since the point before")
     left.set_xlabel("step")
-    left.set_ylabel("loss")
+    left.set_ylabel("loss (nats a pixel)")
     left.set_ylim(bottom=0)
     if points["dice"]:
         right = left.twinx()
-        right.plot(*zip(*points["dice"]), "o-", color="tab:red", label="held-out Dice of the membrane")
-        right.set_ylabel("Dice")
+        for name, label, style in (
+            ("v_rand", "V_rand", "o-"), ("v_info", "V_info", "s-"), ("dice", "Dice of the membrane", "^-"),
+        ):  # fmt: skip
+            right.plot(*zip(*points[name]), style, color=_COLOURS[name], label=f"{label}, validation slices")
+        right.set_ylabel("score (1 is perfect)")
     figure.legend(loc="outside upper center", ncols=2)
-    path = Path(model_dir) / "learning_curve.png"
+    path = Path(model_dir) / CURVE_NAME
     _save(figure, path)
     return path
 
 
-def threshold_curve(scores: StackScores, path: Path) -> None:
-    """Write V_rand thin and V_info thin at each threshold as ``path`` with the endings .csv and .png."""
+def threshold_curve(scores: Tally, threshold: float, path: Path) -> None:
+    """Write V_rand thin and V_info thin at each threshold as ``path`` with the endings .csv and .png.
+
+    Args:
+        scores: of the slices that are reported.
+        threshold: the one that was chosen before, on other slices.
+        path: whose ending is replaced.
+    """
     with atomic_file(path.with_suffix(".csv")) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["threshold", "v_rand_thin", "v_info_thin"])
         writer.writerows(zip(scores.thresholds, scores.v_rand, scores.v_info))
     figure = _figure()
     axes = figure.subplots()
-    axes.plot(scores.thresholds, scores.v_rand, "o-", label=f"V_rand thin, at best {scores.best_v_rand:.4f}")
-    axes.plot(scores.thresholds, scores.v_info, "s-", label=f"V_info thin, at best {scores.best_v_info:.4f}")
+    for name, values, style in (("V_rand", scores.v_rand, "o-"), ("V_info", scores.v_info, "s-")):
+        axes.plot(scores.thresholds, values, style, label=f"{name} thin, at best {values.max():.4f}")
+    axes.axvline(threshold, color="black", linestyle="--", label=f"threshold of the run, {threshold:g}")
     axes.set_xlabel('threshold on the probability of "not membrane"')
-    axes.set_ylabel("score")
+    axes.set_ylabel("score (1 is perfect)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower center")
     _save(figure, path.with_suffix(".png"))

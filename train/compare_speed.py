@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import TrainConfig, parse_config
-from unet.errors import UnetError, command, say
+from train.errors import TrainError
+from unet.errors import command, say
 from unet.files import write_json
 from unet.machine import machine
 from unet.measure import interleave, markdown, ratios
@@ -28,13 +29,9 @@ from unet.processes import child
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from train.input.dataset import Slice
+    from train.input.store import Slice
 
 MAIN = Path(__file__).with_name("main.py")
-
-
-class ComparisonError(UnetError):
-    """A run that could not be measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +62,9 @@ class Ratio:
 
 def our_steps(config: TrainConfig, slices: Sequence[Slice], steps: int) -> Callable[[], float]:
     """Runs that many of our training steps; seconds a step."""
-    from train.cluster import Cluster
     from train.input.dataset import windows_of
-    from train.loop import Trainer
+    from train.run.cluster import Cluster
+    from train.trainer import Trainer
 
     trainer = Trainer(config, Cluster())
     batches = iter(windows_of(config, slices).batches(0, config.batch_size, config.batch_size))
@@ -87,8 +84,8 @@ def keras_steps(config: TrainConfig, slices: Sequence[Slice], steps: int) -> Cal
     import tensorflow as tf
 
     from train.input.dataset import windows_of
-    from train.loop import make_optimizer, precision_of
     from train.model.network import build_unet
+    from train.trainer import make_optimizer, precision_of
 
     precision = precision_of(config)
     model = build_unet(config.base_filters, config.dropout, precision=precision, seed=config.seed)
@@ -138,7 +135,7 @@ def windows_cost(config: TrainConfig, slices: Sequence[Slice], count: int) -> Ca
 
 def throughput(config: TrainConfig, ranks: int, steps: int) -> Callable[[], float]:
     """Runs the trainer's benchmark on so many ranks, in processes of their own; images per second."""
-    from train.log import read_log
+    from train.run.log import read_log
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +149,7 @@ def throughput(config: TrainConfig, ranks: int, steps: int) -> Callable[[], floa
             with child(line, log=log) as trainer:
                 trainer.wait()
             if trainer.returncode != 0:
-                raise ComparisonError(f"{ranks} ranks could not be measured: {log.read_text(encoding='utf-8')[-500:]}")
+                raise TrainError(f"{ranks} ranks could not be measured: {log.read_text(encoding='utf-8')[-500:]}")
             (figures,) = (data for _, data in read_log(folder) if "training_img_per_s" in data)
             return float(figures["training_img_per_s"])
 
@@ -161,9 +158,9 @@ def throughput(config: TrainConfig, ranks: int, steps: int) -> Callable[[], floa
 
 def compare(config: TrainConfig, rounds: int, steps: int) -> list[Ratio]:
     """All ratios for one configuration."""
-    from train.modes import labelled_slices
+    from train.input.split import load_data
 
-    slices = labelled_slices(config)
+    slices = load_data(config).training
     precisions = {"float32": False, "bfloat16": True}
     configs = {name: dataclasses.replace(config, use_amp=amp, amp_dtype="bfloat16") for name, amp in precisions.items()}
     subjects: dict[str, Callable[[], float]] = {}

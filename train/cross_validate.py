@@ -1,6 +1,6 @@
 """Train and score all folds in turn: ``python train/cross_validate.py --model_dir result [flags of main.py]``.
 
-What is trained already is not trained again: a fold that was interrupted goes on from its newest checkpoint, and a fold
+What is trained already is not trained again: a fold that was interrupted resumes from its newest checkpoint, and a fold
 that has its scores is only read.
 """
 
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.config import parse_config
-from train.input.dataset import FOLDS
-from unet.errors import UnetError, command, say
+from train.config import FOLDS, config_of, parse_flags
+from train.errors import TrainError
+from train.run.folder import Run
+from unet.errors import command, say
 from unet.files import atomic_file
 from unet.measure import markdown
 from unet.processes import child
@@ -26,12 +27,12 @@ from unet.processes import child
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from train.config import TrainConfig
+
 MAIN = Path(__file__).with_name("main.py")
-FIGURES = ("best_v_rand", "best_v_info", "dice", "pixel_error")
-
-
-class CrossValidationError(UnetError):
-    """A fold that could not be trained or scored."""
+# At the threshold that each fold's validation slices chose, and the challenge's own at the best threshold of all.
+FIGURES = ("v_rand_at_threshold", "v_info_at_threshold", "dice", "pixel_error", "best_v_rand", "best_v_info")
+TITLES = ("V_rand", "V_info", "Dice of the membrane", "pixel error", "V_rand, best threshold", "V_info, best threshold")
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,24 @@ class Fold:
     number: int
     folder: Path
 
-    def train(self, launcher: Sequence[str], flags: Sequence[str]) -> None:
-        """Train and score the fold where that has not been done.
+    def check(self, config: TrainConfig) -> None:
+        """Refuse a folder that holds a run of other settings: its scores would be printed as those of these.
 
         Raises:
-            CrossValidationError: if the trainer fails.
+            TrainError: which names the settings.
+        """
+        changes = Run(self.folder).changes(config)
+        if changes:
+            raise TrainError(
+                f"{self.folder} holds a run of other settings ({', '.join(changes)}): repeat its settings, or choose "
+                "another --model_dir"
+            )
+
+    def train(self, launcher: Sequence[str], flags: Sequence[str]) -> None:
+        """Train and score the fold if that has not been done.
+
+        Raises:
+            TrainError: if the trainer fails.
         """
         if self._score_files():
             say(f"fold {self.number}: scored already, in {self.folder}")
@@ -56,13 +70,17 @@ class Fold:
         with child(line) as trainer:
             trainer.wait()
         if trainer.returncode != 0 or not self._score_files():
-            raise CrossValidationError(
-                f"fold {self.number} was not scored: see {self.folder}; the same command goes on from there"
-            )
+            raise TrainError(f"fold {self.number} was not scored: see {self.folder}; the same command continues there")
 
     def scores(self) -> dict[str, float]:
-        """The fold's scores: means over its held-out slices."""
+        """The fold's scores: means over its held-out slices.
+
+        Raises:
+            TrainError: if they are of slices that were trained on.
+        """
         records = [json.loads(path.read_text(encoding="utf-8")) for path in self._score_files()]
+        if not all(record["held_out"] for record in records):
+            raise TrainError(f"{self.folder} has scores of slices that were trained on: choose another --model_dir")
         counts = [record["slices"] for record in records]
         return {name: float(np.average([record[name] for record in records], weights=counts)) for name in FIGURES}
 
@@ -74,7 +92,7 @@ class Fold:
 def table(rows: dict[str, dict[str, float]]) -> str:
     """A Markdown table of each row's scores."""
     lines = [[name, *(f"{row[key]:.4f}" for key in FIGURES)] for name, row in rows.items()]
-    return markdown(["fold", "V_rand thin", "V_info thin", "Dice of the membrane", "pixel error"], lines)
+    return markdown(["fold", *TITLES], lines)
 
 
 @command
@@ -88,11 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model_dir", type=Path, default=Path("result"), help="holds a folder for each fold")
     parser.add_argument("--ranks", type=int, default=1, help="ranks that train together; above 1 by horovodrun")
     chosen, flags = parser.parse_known_args(argv)
-    parse_config(flags)  # so that a wrong flag is named before anything starts
+    given = parse_flags(flags)  # so that a wrong flag is named before anything starts
+    for reserved in ("exec_mode", "crossvalidation_idx", "resume"):
+        if reserved in given:
+            raise TrainError(f"--{reserved} is set for each fold here: leave it out")
     launcher = ["horovodrun", "-np", str(chosen.ranks), "--gloo"] if chosen.ranks > 1 else []
     if launcher:
         launcher[0] = str(Path(sys.executable).with_name("horovodrun"))
     folds = [Fold(number, chosen.model_dir / f"fold-{number}") for number in range(FOLDS)]
+    for fold in folds:
+        fold.check(config_of({**given, "crossvalidation_idx": fold.number}).for_ranks(chosen.ranks))
     for fold in folds:
         fold.train(launcher, flags)
     rows = {str(fold.number): fold.scores() for fold in folds}
@@ -103,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer = csv.writer(stream)
         writer.writerow(["fold", *FIGURES])
         writer.writerows([name, *row.values()] for name, row in rows.items())
-    say(f"held-out slices of each fold, each score at its best threshold:\n{table(rows)}")
+    say(f"held-out slices of each fold, at the threshold that its validation slices chose:\n{table(rows)}")
     return 0
 
 

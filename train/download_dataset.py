@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from train.errors import TrainError
 from unet.errors import UnetError, command, say
 from unet.files import atomic_file, sha256_of
 from unet.volume import StackReader
@@ -41,10 +42,6 @@ PIXELS_SHA256 = {
 }
 _TIMEOUT_S = 30.0
 _BLOCK = 1 << 20
-
-
-class DownloadError(UnetError):
-    """Slices that could not be fetched."""
 
 
 class _MirrorError(Exception):
@@ -78,14 +75,12 @@ def download(folder: Path, mirrors: Sequence[str] = MIRRORS, expected: Mapping[s
         The stacks that were fetched; none where all are there.
 
     Raises:
-        DownloadError: if no mirror gives an archive with these stacks, or one in ``folder`` has other pixels.
+        TrainError: if no mirror gives an archive with these stacks, or one in ``folder`` has other pixels.
     """
     missing = {name: digest for name, digest in expected.items() if not (folder / name).exists()}
     for name in expected.keys() - missing.keys():
         if pixels_sha256(folder / name) != expected[name]:
-            raise DownloadError(
-                f"{folder / name} is there but has other pixels: move it away, or fetch to another folder"
-            )
+            raise TrainError(f"{folder / name} is there but has other pixels: move it away, or fetch to another folder")
     if not missing:
         return []
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +95,7 @@ def download(folder: Path, mirrors: Sequence[str] = MIRRORS, expected: Mapping[s
             continue
         part.unlink()
         return fetched
-    raise DownloadError(
+    raise TrainError(
         f"the slices could not be fetched ({'; '.join(reasons)}): try again later, it goes on from what "
         f"has arrived, or put {', '.join(missing)} into {folder} yourself"
     )

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from train.errors import TrainError
 from unet.geometry import cheapest_tile_size, plan_tiles, predict_tiled
 from unet.intensity import normalise
 
@@ -20,11 +21,17 @@ TILE_SIZES = (572, 700, 1020)
 
 
 def make_predictor(model: tf.keras.Model) -> Predictor:
-    """The network as a function of whole slices of any size."""
+    """The network as a function of whole slices of any size.
+
+    It raises ``TrainError`` where the network's answer is not a number: no such value gets into a file or a score.
+    """
 
     @tf.function(reduce_retracing=True)
     def forward(image: tf.Tensor) -> tf.Tensor:
-        return tf.nn.softmax(model(image, training=False))[..., 1]
+        logits = model(image, training=False)
+        # The softmax of (NaN, 0) is (NaN, 0) on a CPU: the class that is looked at need not show the fault.
+        sound = tf.reduce_all(tf.math.is_finite(logits), axis=-1)
+        return tf.where(sound, tf.nn.softmax(logits)[..., 1], np.float32(np.nan))
 
     def tiles(batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         result: npt.NDArray[np.float32] = forward(tf.constant(normalise(batch)[..., np.newaxis])).numpy()
@@ -33,7 +40,14 @@ def make_predictor(model: tf.keras.Model) -> Predictor:
     def predict(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         height, width = image.shape
         plan = plan_tiles(height, width, cheapest_tile_size(height, width, TILE_SIZES))
-        return predict_tiled(image, plan, tiles).astype(np.float32)
+        probability = predict_tiled(image, plan, tiles).astype(np.float32)
+        if not np.isfinite(probability).all():
+            share = 1 - float(np.isfinite(probability).mean())
+            raise TrainError(
+                f"the network answers {share:.1%} of a slice with values that are not numbers, for its weights have "
+                "diverged: train again with a lower --learning_rate"
+            )
+        return probability
 
     return predict
 

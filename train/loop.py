@@ -1,148 +1,44 @@
-"""The training loop: one function from a configuration to a trained model, the same on one rank and on many."""
+"""The training loop: the same on one rank and on many, and the same whether or not it was interrupted."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 from tqdm import tqdm
 
-from train.checkpoints import CheckpointError, Checkpoints
-from train.config import ConfigError, TrainConfig
+from train.errors import TrainError
 from train.evaluation import make_predictor
-from train.input.dataset import Slice, Windows, windows_of
-from train.model.losses import segmentation_loss
-from train.model.network import build_unet
-from train.model.schedule import Budget, Schedule, record_steps
-from unet.errors import UnetError
-from unet.machine import cpu_amp_dtype
-from unet.scores import dice
+from train.input.dataset import windows_of
+from train.model.schedule import Budget
+from train.run.folder import kept, require_sound
+from train.scoring import Tally, tally
 from unet.volume.overlay import membrane_overlay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from train.cluster import Cluster
-    from train.evaluation import Predictor
-    from train.log import RunLog
-
+    from train.input.split import Data
+    from train.run.folder import Run
+    from train.run.log import RunLog
+    from train.trainer import Trainer
 
 # A log gets a line after so many seconds, however few steps these were.
 SIGN_OF_LIFE_S = 5.0
 
 
-class TrainingError(UnetError):
-    """A training run that cannot go on."""
-
-
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to: its model, its last step and whether a signal ended it early."""
+    """How a run ended: its last step, and the signal that stopped it before the end, 0 for none."""
 
-    model: tf.keras.Model
     step: int
-    interrupted: bool
-
-
-def precision_of(config: TrainConfig) -> str:
-    """The Keras policy that ``--use_amp`` stands for on this machine.
-
-    Raises:
-        ConfigError: if float16 is asked for without a GPU.
-    """
-    if not config.use_amp:
-        return "float32"
-    on_gpu = bool(tf.config.list_physical_devices("GPU"))
-    if config.amp_dtype == "float16" and not on_gpu:
-        raise ConfigError("--amp_dtype float16 needs a GPU (on a CPU it takes minutes a step): use bfloat16 here")
-    if config.amp_dtype == "auto" and not on_gpu:
-        return "mixed_bfloat16" if cpu_amp_dtype() == "bfloat16" else "float32"
-    if config.amp_dtype == "auto":
-        return "mixed_float16"
-    return f"mixed_{config.amp_dtype}"
-
-
-def describe_precision(config: TrainConfig) -> str:
-    """The policy in words, with the reason where ``--use_amp`` is not followed."""
-    precision = precision_of(config)
-    if config.use_amp and precision == "float32":
-        return "float32 in spite of --use_amp, which is faster here: this processor has no bfloat16 instructions"
-    return precision
-
-
-def make_optimizer(
-    config: TrainConfig, precision: str, schedule: Schedule | None = None
-) -> tf.keras.optimizers.Optimizer:
-    """The optimizer of the configuration, with loss scaling where the precision is float16."""
-    common = {"learning_rate": schedule or Schedule(config), "weight_decay": config.weight_decay or None}
-    if config.optimizer == "adam":
-        optimizer = tf.keras.optimizers.Adam(**common)
-    else:
-        optimizer = tf.keras.optimizers.SGD(momentum=config.momentum, **common)
-    optimizer.exclude_from_weight_decay(var_names=["bias"])
-    if precision == "mixed_float16":
-        fixed = {"dynamic": False, "initial_scale": config.loss_scale} if config.loss_scale else {}
-        optimizer = tf.keras.mixed_precision.LossScaleOptimizer(optimizer, **fixed)
-    return optimizer
-
-
-class Trainer:
-    """A model, its optimizer and the step that joins them, on one rank of a cluster."""
-
-    def __init__(self, config: TrainConfig, cluster: Cluster) -> None:
-        self.config = config
-        self.cluster = cluster
-        precision = precision_of(config)
-        if config.xla:
-            tf.config.optimizer.set_jit("autoclustering")
-        self._first_window = tf.Variable(0, trainable=False, dtype=tf.int64)
-        self.model = build_unet(
-            config.base_filters,
-            config.dropout,
-            precision=precision,
-            seed=config.seed,
-            first_window=self._first_window,
-        )
-        self.schedule = Schedule(config)
-        self.optimizer = make_optimizer(config, precision, self.schedule)
-        self.optimizer.build(self.model.trainable_variables)
-        self.checkpoints = Checkpoints(config.model_dir, model=self.model, optimizer=self.optimizer)
-        self._step = tf.function(self._compute_step)
-
-    @property
-    def global_batch(self) -> int:
-        """Windows per step over all ranks."""
-        return self.config.batch_size * self.cluster.size
-
-    def step(self, number: int, batch: tuple[tf.Tensor, ...]) -> tf.Tensor:
-        """Run step ``number`` (from 0) on this rank's share of its global batch; its loss on this rank."""
-        self._first_window.assign(number * self.global_batch + self.cluster.rank * self.config.batch_size)
-        return self._step(*batch)
-
-    def _compute_step(self, images: tf.Tensor, labels: tf.Tensor, costs: tf.Tensor) -> tf.Tensor:
-        scales = isinstance(self.optimizer, tf.keras.mixed_precision.LossScaleOptimizer)
-        with tf.GradientTape() as plain_tape:
-            logits = self.model(images, training=True)
-            loss = segmentation_loss(logits, tf.cast(labels, tf.int32), costs, self.config.loss)
-            target = self.optimizer.get_scaled_loss(loss) if scales else loss
-        tape = self.cluster.average_gradients(plain_tape, fp16_compression=self.config.fp16_compression)
-        gradients = tape.gradient(target, self.model.trainable_variables)
-        if scales:
-            gradients = self.optimizer.get_unscaled_gradients(gradients)
-        self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables))
-        return loss
-
-    def synchronise(self) -> None:
-        """Give every rank the first rank's model and optimizer."""
-        self.cluster.broadcast(self.model.variables)
-        self.cluster.broadcast(self.optimizer.variables)
+    stopped_by: int
 
 
 @dataclass
@@ -170,136 +66,156 @@ class _Interval:
 
 
 class _StopRequest:
-    """Remembers a SIGTERM until the step boundary."""
+    """Remembers a SIGTERM or Ctrl-C until the step boundary; a second Ctrl-C does not wait."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
 
     def __enter__(self) -> _StopRequest:
-        self._former = signal.signal(signal.SIGTERM, self._ask)
+        self._former = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._former)
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self.asked = True
+        if signum == signal.SIGINT and self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signum
 
 
-def train(
-    config: TrainConfig, cluster: Cluster, log: RunLog, slices: Sequence[Slice], held_out: Sequence[Slice]
-) -> TrainResult:
-    """Train until ``max_steps``, or until a SIGTERM, which saves at the step boundary on all ranks.
+class TrainingLoop:
+    """Trains until the last step, or until a signal, which saves at the step boundary on all ranks.
 
-    Raises:
-        TrainingError: if the loss is not finite; the last checkpoint stays as it was.
-        CheckpointError: if ``resume`` finds checkpoints of which none can be used, or there are some without it.
+    Args:
+        trainer: holds the weights to begin with.
+        run: the folder, which this process holds locked.
+        log: takes the lines.
+        data: the slices.
+        first: steps that the weights were trained already.
     """
-    trainer = Trainer(config, cluster)
-    first = _resumed_step(trainer, config, cluster)
-    log.rewind(first)
-    if not config.resume and cluster.is_first and trainer.checkpoints.exist():
-        raise CheckpointError(
-            f"{trainer.checkpoints.folder} holds the checkpoints of another run: add --resume to go on from them, "
-            "or choose another --model_dir"
+
+    def __init__(self, trainer: Trainer, run: Run, log: RunLog, data: Data, first: int) -> None:
+        self.trainer, self.cluster, self.config = trainer, trainer.cluster, trainer.config
+        self.run_folder, self.log, self.data = run, log, data
+        self.step, self.max_steps = first, self.config.max_steps
+        self._checkpoints = run.checkpoints(model=trainer.model, optimizer=trainer.optimizer)
+        self._best = run.best(trainer.model)
+        newest = self._best.newest
+        self._best_score = float(newest[1]["score"]) if newest else -math.inf
+        self._windows = windows_of(self.config, data.training)
+        offset = first * trainer.global_batch + self.cluster.rank * self.config.batch_size
+        self._batches = iter(self._windows.batches(offset, self.config.batch_size, trainer.global_batch))
+        self._predict = make_predictor(trainer.model)
+        self._interval = _Interval()
+        self._budget = Budget(self.config, first)
+
+    def run(self) -> TrainResult:
+        """Train.
+
+        Raises:
+            TrainError: if the loss or a weight is no number; the last good checkpoint stays as it was.
+        """
+        silent = None if self.cluster.is_first else True
+        stopped_by = 0
+        with (
+            _StopRequest() as stop,
+            tqdm(total=self.max_steps, initial=self.step, unit="step", disable=silent) as bar,
+        ):
+            while self.step < self.max_steps and not stopped_by:
+                loss, stopped_by = self._one_step(stop.asked)
+                self.step += 1
+                bar.update()
+                rate = self._interval.img_per_s(self.trainer.global_batch)
+                bar.set_postfix(loss=f"{loss:.4f}", img_per_s=f"{rate:.2f}", refresh=False)
+                self._fit()
+                bar.total = self.max_steps
+                self._after_step(last=self.step == self.max_steps or bool(stopped_by))
+        return TrainResult(self.step, stopped_by if self.step < self.max_steps else 0)
+
+    def _after_step(self, *, last: bool) -> None:
+        """Log, validate and save, where it is time to."""
+        late = self._interval.elapsed_s > SIGN_OF_LIFE_S
+        if self.cluster.is_first and (self.step % self.config.log_every == 0 or late or last):
+            figures = self._interval.report(self.trainer.global_batch)
+            text = "step {} of {}: loss {loss:.4f}, {img_per_s:.2f} img/s, {input_share:.1%} waiting for input"
+            self.log.event(self.step, text.format(self.step, self.max_steps, **figures), **figures)
+            self._interval = _Interval()
+        ended = self.step == self.max_steps
+        validates = bool(self.data.validation) and (ended or self.step % self.config.steps_between_validations == 0)
+        saves = last or self.step % self.config.checkpoint_every == 0
+        if validates or saves:
+            # On every rank: all hold the same weights, so all stop together.
+            require_sound(self.trainer.variables, self.step, self._checkpoints)
+        improved = self._validate() if validates else False
+        # A run that is resumed never begins before its best weights.
+        if self.cluster.is_first and (saves or improved):
+            self._checkpoints.save(self.step)
+
+    def _one_step(self, asked: int) -> tuple[float, int]:
+        """Run a step; the loss averaged over ranks, and the signal that any rank was sent, 0 for none."""
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self._interval.waited_s += time.perf_counter() - started
+        loss = self.trainer.step(self.step, batch)
+        signals = [float(asked == signal.SIGTERM), float(asked == signal.SIGINT)]
+        shared = self.cluster.sum(tf.stack([loss, *signals]), name="step_outcome").numpy()
+        mean_loss = float(shared[0]) / self.cluster.size
+        if not np.isfinite(mean_loss):
+            first, size = self.step * self.trainer.global_batch, self.trainer.global_batch
+            indices = {self._windows.slice_index(first + number) for number in range(size)}
+            names = sorted(self._windows.slices[index].name for index in indices)
+            raise TrainError(
+                f"the loss of step {self.step + 1} is {mean_loss} on {', '.join(names)}: lower --learning_rate or look "
+                f"at these slices; {kept(self._checkpoints)}"
+            )
+        self._interval.loss += mean_loss
+        self._interval.steps += 1
+        return mean_loss, signal.SIGINT if shared[2] else signal.SIGTERM if shared[1] else 0
+
+    def _fit(self) -> None:
+        """Fit the number of steps to the budget of minutes, once the first rank knows how long a step takes."""
+        if not self._budget.open:
+            return
+        mine = (self._budget.fitted(self.step) or 0) if self.cluster.is_first else 0
+        fitted = int(self.cluster.sum(tf.constant(mine, tf.int64), name="fitted_steps"))
+        if not fitted:
+            return
+        self._budget.open = False
+        self.max_steps = fitted
+        self.trainer.schedule.max_steps.assign(float(fitted))
+        if self.cluster.is_first:
+            self.run_folder.set_steps(fitted)
+            minutes = (fitted - self.step) * self._budget.step_s / 60
+            text = f"a step takes {self._budget.step_s:.2f} s: {fitted} steps in all, {minutes:.1f} minutes more"
+            self.log.event(self.step, text, max_steps=fitted, step_s=self._budget.step_s)
+
+    def _validate(self) -> bool:
+        """Score the validation part, which the ranks share out; whether these are the best weights so far."""
+        shown: list[npt.NDArray[Any]] = []
+
+        def predict(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            probability = self._predict(image)
+            shown[:] = shown or [membrane_overlay(image, probability)]
+            return probability
+
+        mine = self.data.validation[self.cluster.rank :: self.cluster.size]
+        sums = self.cluster.sum(tf.constant(tally(predict, mine).sums), name="validation")
+        total = Tally(np.asarray(sums))
+        threshold = total.best_threshold
+        scores = total.at(threshold)
+        score = scores["v_rand"] + scores["v_info"] if math.isfinite(scores["v_rand"]) else 2 * scores["dice"]
+        improved = score > self._best_score
+        text = "validation V_rand {v_rand:.4f}, V_info {v_info:.4f}, Dice {dice:.4f} at the threshold"
+        ending = ", the best so far" if improved else ""
+        self.log.event(
+            self.step, f"step {self.step}: {text.format(**scores)} {threshold}{ending}", threshold=threshold, **scores
         )
-    trainer.synchronise()
-    windows = windows_of(config, slices)
-    offset = first * trainer.global_batch + cluster.rank * config.batch_size
-    batches = iter(windows.batches(offset, config.batch_size, trainer.global_batch))
-    predict = make_predictor(trainer.model)
-    interval = _Interval()
-    step, max_steps = first, config.max_steps
-    budget = Budget(config, first)
-    with (
-        _StopRequest() as stop,
-        tqdm(total=max_steps, initial=first, unit="step", disable=None if cluster.is_first else True) as bar,
-    ):
-        while step < max_steps:
-            loss, others_stop = _one_step(trainer, windows, batches, step, interval, stopping=stop.asked)
-            step += 1
-            bar.update()
-            rate = interval.img_per_s(trainer.global_batch)
-            bar.set_postfix(loss=f"{loss:.4f}", img_per_s=f"{rate:.2f}", refresh=False)
-            bar.total = max_steps = _fit(trainer, budget, step, max_steps, log)
-            last = step == max_steps or others_stop
-            if cluster.is_first and (step % config.log_every == 0 or interval.elapsed_s > SIGN_OF_LIFE_S or last):
-                figures = interval.report(trainer.global_batch)
-                text = "step {} of {}: loss {loss:.4f}, {img_per_s:.2f} img/s, {input_share:.1%} waiting for input"
-                log.event(step, text.format(step, max_steps, **figures), **figures)
-                interval = _Interval()
-            if config.evaluate_every and held_out and (step % config.evaluate_every == 0 or last):
-                score, first_seen = _shared_dice(cluster, predict, held_out)
-                log.event(step, f"step {step}: held-out Dice {score:.4f}", dice=score)
-                if cluster.is_first:
-                    log.picture(step, held_out[0].name, membrane_overlay(held_out[0].image, first_seen))
-            if cluster.is_first and (step % config.checkpoint_every == 0 or last):
-                trainer.checkpoints.save(step)
-            if others_stop:
-                break
-    return TrainResult(trainer.model, step, interrupted=step < max_steps)
-
-
-def _fit(trainer: Trainer, budget: Budget, step: int, max_steps: int, log: RunLog) -> int:
-    """The steps of the run after ``step`` of them: those that fit into the budget once the first rank knows."""
-    if not budget.open:
-        return max_steps
-    cluster = trainer.cluster
-    mine = (budget.fitted(step) or 0) if cluster.is_first else 0
-    fitted = int(cluster.sum(tf.constant(mine, tf.int64), name="fitted_steps"))
-    if not fitted:
-        return max_steps
-    budget.open = False
-    trainer.schedule.max_steps.assign(float(fitted))
-    if cluster.is_first:
-        record_steps(trainer.config.model_dir, fitted)
-        minutes = (fitted - step) * budget.step_s / 60
-        text = f"a step takes {budget.step_s:.2f} s: {fitted} steps in all, {minutes:.1f} minutes more"
-        log.event(step, text, max_steps=fitted, step_s=budget.step_s)
-    return fitted
-
-
-def _resumed_step(trainer: Trainer, config: TrainConfig, cluster: Cluster) -> int:
-    """Load the newest checkpoint where one is wanted and there; the first rank's step, which counts for all."""
-    found = trainer.checkpoints.restore() if config.resume and trainer.checkpoints.exist() else 0
-    mine = tf.constant(found if cluster.is_first else 0, tf.int64)
-    return int(cluster.sum(mine, name="resumed_step"))
-
-
-def _shared_dice(
-    cluster: Cluster, predict: Predictor, held_out: Sequence[Slice]
-) -> tuple[float, npt.NDArray[np.float32]]:
-    """The mean Dice of the held-out slices, which the ranks share out, and this rank's first prediction."""
-    mine = held_out[cluster.rank :: cluster.size]
-    predictions = [predict(item.image) for item in mine]
-    total = sum(dice(prediction, item.label) for prediction, item in zip(predictions, mine))
-    mean = float(cluster.sum(tf.constant(total, tf.float32), name="held_out_dice")) / len(held_out)
-    return mean, predictions[0] if predictions else np.empty(0, np.float32)
-
-
-def _one_step(
-    trainer: Trainer,
-    windows: Windows,
-    batches: Iterator[tuple[tf.Tensor, ...]],
-    step: int,
-    interval: _Interval,
-    *,
-    stopping: bool,
-) -> tuple[float, bool]:
-    """Run a step; the loss averaged over ranks, and whether any rank was asked to stop."""
-    started = time.perf_counter()
-    batch = next(batches)
-    interval.waited_s += time.perf_counter() - started
-    loss = trainer.step(step, batch)
-    shared = trainer.cluster.sum(tf.stack([loss, tf.cast(stopping, tf.float32)]), name="step_outcome").numpy()
-    mean_loss = float(shared[0]) / trainer.cluster.size
-    if not np.isfinite(mean_loss):
-        first = step * trainer.global_batch
-        names = sorted({windows.slices[windows.slice_index(first + i)].name for i in range(trainer.global_batch)})
-        raise TrainingError(
-            f"the loss of step {step + 1} is {mean_loss} on {', '.join(names)}: lower --learning_rate or look at these "
-            "slices; the last checkpoint is kept"
-        )
-    interval.loss += mean_loss
-    interval.steps += 1
-    return mean_loss, bool(shared[1])
+        if improved:
+            self._best_score = score
+            if self.cluster.is_first:
+                self._best.save(self.step, score=score, threshold=threshold, **scores)
+        if self.cluster.is_first and shown:
+            self.log.picture(self.step, self.data.validation[0].name, shown[0])
+        return improved

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from train.config import parse_config
+from train.config import config_of, parse_flags
 from unet.errors import command
 
 if TYPE_CHECKING:
@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the trainer's modes; 0 on success, also after a SIGTERM that was followed by a checkpoint."""
-    config = parse_config(argv)
+    """Run one of the trainer's modes.
+
+    Returns:
+        0 on success, also after a SIGTERM that was followed by a checkpoint; 130 after Ctrl-C, which saves as well.
+    """
+    given = parse_flags(argv)
+    config_of(given)  # so that a wrong value is named before TensorFlow is loaded
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow 2.15 greets with lines that look like errors
     from train.modes import run
 
-    return run(config)
+    return run(given)
 
 
 if __name__ == "__main__":

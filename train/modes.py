@@ -4,72 +4,73 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-import tensorflow as tf
 from tqdm import tqdm
 
 from train.charts import augmentation_sheet, learning_curve, threshold_curve
-from train.checkpoints import Checkpoints
-from train.cluster import Cluster, join_cluster
-from train.config import ConfigError, TrainConfig
+from train.config import TrainConfig, config_of
 from train.evaluation import average_over_symmetries, make_predictor
-from train.input.dataset import TEST_IMAGES, Slice, find_pairs, fold_of, load_slices, windows_of
-from train.log import RunLog
-from train.loop import describe_precision, precision_of, train
-from train.model.losses import border_weights
+from train.input.dataset import windows_of
+from train.input.pairs import find_test
+from train.input.split import load_data
+from train.loop import TrainingLoop
+from train.model.initial import load_initial
 from train.model.network import build_unet
 from train.model.saved_model import write_saved_model
-from train.model.schedule import CONFIG_FILE, as_fitted
+from train.run.cluster import Cluster, join_cluster
+from train.run.folder import DEFAULT_THRESHOLD, Run
+from train.run.log import RunLog
+from train.run.room import require_room
+from train.scoring import tally
 from train.throughput import measure
+from train.trainer import Trainer, describe_precision, precision_of
 from unet import __version__
-from unet.errors import say
+from unet.errors import EXIT_INTERRUPTED, say
 from unet.files import write_json
 from unet.intensity import find_windows
-from unet.scores import score_stack
-from unet.volume import StackReader, StackWriter
+from unet.volume import StackWriter, open_volume
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from train.evaluation import Predictor
+    from train.input.split import Data
+    from train.input.store import Slice
 
 
-def run(config: TrainConfig) -> int:
-    """Run the mode that the configuration names; returns the exit code."""
+def run(given: Mapping[str, Any]) -> int:
+    """Run the mode that the given settings name; returns the exit code."""
     cluster = join_cluster()
-    config = config.for_ranks(cluster.size)
+    folder = Run(config_of(given).model_dir)
+    config = cluster.from_first(lambda: folder.configure(given)).for_ranks(cluster.size)
     if config.preview_augmentation:
         if cluster.is_first:
             _preview(config)
         return 0
-    log = RunLog(config.model_dir, active=cluster.is_first)
-    with contextlib.closing(log):
-        return _run_mode(config, cluster, log)
-
-
-def _run_mode(config: TrainConfig, cluster: Cluster, log: RunLog) -> int:
-    if config.benchmark or config.exec_mode == "benchmark":
-        _benchmark(config, cluster, log)
-        return 0
-    if config.exec_mode in ("train", "train_and_predict", "train_and_evaluate"):
-        interrupted = _train(config, cluster, log)
-        if interrupted:
+    with contextlib.closing(RunLog(config.model_dir, active=cluster.is_first)) as log:
+        if config.benchmark or config.exec_mode == "benchmark":
+            _benchmark(config, cluster, log)
             return 0
-    if not cluster.is_first:
-        return 0
-    if config.exec_mode in ("predict", "train_and_predict"):
-        _predict(config, log)
-    if config.exec_mode in ("evaluate", "train_and_evaluate"):
-        _evaluate(config, log)
+        if config.trains:
+            stopped_by = _train(config, cluster, folder, log)
+            if stopped_by:
+                return EXIT_INTERRUPTED if stopped_by == signal.SIGINT else 0
+        if cluster.is_first:
+            if config.exec_mode in ("predict", "train_and_predict"):
+                _predict(config, folder, log)
+            if config.exec_mode in ("evaluate", "train_and_evaluate"):
+                _evaluate(config, folder, log)
     return 0
 
 
 def _preview(config: TrainConfig) -> None:
     """A contact sheet of the windows that training would begin with."""
-    windows = windows_of(config, labelled_slices(config))
+    windows = windows_of(config, load_data(config).training)
     path = Path(config.preview_augmentation)
     augmentation_sheet(windows, path)
     say(f"the first training windows, with the membrane of their labels: {path}")
@@ -77,7 +78,7 @@ def _preview(config: TrainConfig) -> None:
 
 def _benchmark(config: TrainConfig, cluster: Cluster, log: RunLog) -> None:
     """Measure what the mode would do: training, inference, or both."""
-    slices = labelled_slices(config)
+    slices = load_data(config).training
     kinds = {"train": (True,), "predict": (False,), "evaluate": (False,)}.get(config.exec_mode, (True, False))
     for training in kinds:
         name = "training" if training else "inference"
@@ -90,99 +91,113 @@ def _benchmark(config: TrainConfig, cluster: Cluster, log: RunLog) -> None:
         )
 
 
-def _train(config: TrainConfig, cluster: Cluster, log: RunLog) -> bool:
-    config, fitted = as_fitted(config)
-    training, held_out = _split(config)
-    if cluster.is_first:
-        write_json(
-            Path(config.model_dir) / CONFIG_FILE,
-            {
-                "settings": dataclasses.asdict(config),
-                "fitted": fitted,
-                "repeat": config.repeat_command,
-                "held_out": _held_out_pages(config),
-                "ranks": cluster.size,
-                "precision": precision_of(config),
-                "versions": {"unet": __version__, "tensorflow": version("tensorflow"), "numpy": version("numpy")},
-            },
-        )
-    log.event(
-        "PARAMETER",
-        f"training on {len(training)} slices, {len(held_out)} held out, {cluster.size} ranks x {config.batch_size} "
-        f"windows of {config.tile_size}, {config.base_filters} filters, {describe_precision(config)}",
-        **dataclasses.asdict(config),
-    )
-    costs = [_with_cost(config, item) for item in training]
-    result = train(config, cluster, log, costs, held_out)
-    if cluster.is_first:
-        learning_curve(config.model_dir)
-    if cluster.is_first and not result.interrupted:
-        write_saved_model(result.model, Path(config.model_dir) / "saved_model")
+def _train(config: TrainConfig, cluster: Cluster, run: Run, log: RunLog) -> int:
+    """Check everything, lock the folder, train, and write the SavedModel; the signal that stopped it, 0 for none."""
+    data = load_data(config, run.record if config.resume else None)
+    trainer = Trainer(config, cluster)
+    first = cluster.from_first(lambda: _starting_point(config, run, trainer))
+    with _locked(cluster, run):
+        log.rewind(first)
+        if cluster.is_first:
+            for change in run.changes(config) if first else ():
+                say(f"continued with another setting: {change}")
+            run.write(**_facts(config, cluster, data))
         log.event(
-            "SUMMARY", f"trained {result.step} steps: {Path(config.model_dir) / 'saved_model'}", steps=result.step
+            "PARAMETER",
+            f"training on {len(data.training)} slices, {len(data.validation)} for validation, {len(data.held_out)} "
+            f"held out, {cluster.size} ranks x {config.batch_size} windows of {config.tile_size}, "
+            f"{config.base_filters} filters, {describe_precision(config)}",
+            **dataclasses.asdict(config),
         )
-    elif result.interrupted:
-        log.event(result.step, f"stopped after step {result.step}, which is saved: go on with --resume")
-    return result.interrupted
+        trainer.synchronise()
+        result = TrainingLoop(trainer, run, log, data, first).run()
+        if cluster.is_first:
+            learning_curve(config.model_dir)
+            if result.stopped_by:
+                text = f"stopped after step {result.step}, which is saved: continue with --resume"
+                log.event(result.step, text)
+            else:
+                _finish(config, run, log, result.step)
+        return result.stopped_by
 
 
-def _split(config: TrainConfig) -> tuple[list[Slice], list[Slice]]:
-    """The slices to train on and those held out, by the fold of each stack."""
-    training: list[Slice] = []
-    held_out: list[Slice] = []
-    for pair in find_pairs(config.data_dir):
-        slices = [
-            Slice(name, image, label, np.ones(label.shape, np.float32))
-            for name, image, label in load_slices([pair], config.label_options, config.window_choice)
-        ]
-        fold = fold_of(len(slices), config.crossvalidation_idx) if config.crossvalidation_idx >= 0 else range(0)
-        for index, item in enumerate(slices):
-            (held_out if index in fold else training).append(item)
-    if not training:
-        raise ConfigError(f"no slice of {config.data_dir} is left to train on: --crossvalidation_idx needs more slices")
-    return training, held_out
+def _starting_point(config: TrainConfig, run: Run, trainer: Trainer) -> int:
+    """Load what the run continues or starts from, and check all that can be checked; the steps done so far."""
+    if config.exec_mode == "train_and_predict":
+        open_volume(find_test(config.data_dir)).close()
+    require_room(run, trainer.model.variables, trainer.variables)
+    checkpoints = run.checkpoints(model=trainer.model, optimizer=trainer.optimizer)
+    if config.resume and checkpoints.exist():
+        return checkpoints.restore()
+    if config.init_from:
+        say(f"starting from {load_initial(config.init_from, trainer.model)}")
+    return 0
 
 
-def labelled_slices(config: TrainConfig) -> list[Slice]:
-    """The slices to train on, with what an error at each of their pixels costs.
+@contextlib.contextmanager
+def _locked(cluster: Cluster, run: Run) -> Iterator[None]:
+    """The run's folder locked by the first rank, for all."""
+    with contextlib.ExitStack() as stack:
 
-    Raises:
-        DataError: if there are none.
-    """
-    return [_with_cost(config, item) for item in _split(config)[0]]
+        def lock() -> None:
+            stack.enter_context(run.locked())
 
-
-def _held_out_pages(config: TrainConfig) -> dict[str, list[int]]:
-    """The pages of each stack that training does not see."""
-    if config.crossvalidation_idx < 0:
-        return {}
-    pages = {}
-    for images, _ in find_pairs(config.data_dir):
-        with StackReader(images) as reader:
-            pages[images.name] = list(fold_of(len(reader), config.crossvalidation_idx))
-    return pages
+        cluster.from_first(lock)
+        yield
 
 
-def _with_cost(config: TrainConfig, item: Slice) -> Slice:
-    cost = np.where(item.label == 0, config.membrane_weight, 1).astype(np.float32)
-    if config.border_weight > 0:
-        cost += border_weights(item.label, config.border_weight)
-    return dataclasses.replace(item, cost=cost)
+def _facts(config: TrainConfig, cluster: Cluster, data: Data) -> dict[str, Any]:
+    return {
+        "settings": dataclasses.asdict(config),
+        "repeat": config.repeat_command,
+        **data.record(),
+        "ranks": cluster.size,
+        "precision": precision_of(config),
+        "versions": {"unet": __version__, "tensorflow": version("tensorflow"), "numpy": version("numpy")},
+    }
 
 
-def _trained_predictor(config: TrainConfig) -> Predictor:
+def _finish(config: TrainConfig, run: Run, log: RunLog, step: int) -> None:
+    """Write the SavedModel of the best weights, and what they are, into the run's record."""
+    model = build_unet(config.base_filters)
+    weights, weights_step = run.load_trained(model)
+    target = run.folder / "saved_model"
+    write_saved_model(model, target)
+    best = run.best().newest
+    scores = dict(best[1]) if best else {}
+    scores.pop("step", None)
+    run.write(
+        trained={
+            "steps": step,
+            "weights": weights,
+            "weights_step": weights_step,
+            "threshold": scores.pop("threshold", DEFAULT_THRESHOLD),
+            "threshold_from": "validation" if best else "default",
+            "validation_scores": scores,
+        }
+    )
+    log.event(
+        "SUMMARY",
+        f"trained {step} steps: {target} has the {weights} weights, of step {weights_step}; threshold {run.threshold}",
+        steps=step,
+        weights_step=weights_step,
+        threshold=run.threshold,
+    )
+
+
+def _trained_predictor(config: TrainConfig, run: Run) -> Predictor:
     model = build_unet(config.base_filters, precision=precision_of(config))
-    Checkpoints(config.model_dir, model=model).restore(partial=True)
+    run.load_trained(model)
     predict = make_predictor(model)
     return average_over_symmetries(predict) if config.tta else predict
 
 
-def _predict(config: TrainConfig, log: RunLog) -> None:
+def _predict(config: TrainConfig, run: Run, log: RunLog) -> None:
     """Segment `test-volume.tif` of the data folder into ``model_dir/eval``."""
-    predict = _trained_predictor(config)
-    source = Path(config.data_dir) / TEST_IMAGES
-    target = Path(config.model_dir) / "eval" / "test-probability.tif"
-    with StackReader(source) as reader:
+    source = find_test(config.data_dir)
+    predict = _trained_predictor(config, run)
+    target = run.folder / "eval" / "test-probability.tif"
+    with open_volume(source) as reader:
         windows = find_windows(reader, config.window_choice)
         with StackWriter(target, reader, np.dtype(np.float32)) as writer:
             for page in tqdm(range(len(reader)), unit="slice", disable=None):
@@ -190,24 +205,25 @@ def _predict(config: TrainConfig, log: RunLog) -> None:
     log.event("SUMMARY", f"probabilities of {source}: {target}", predicted=str(target))
 
 
-def _evaluate(config: TrainConfig, log: RunLog) -> None:
-    """Score the held-out slices of the fold, or all slices where none is held out."""
-    training, held_out = _split(config)
-    predict = _trained_predictor(config)
-    chosen = held_out or training
+def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
+    """Score the slices that the run held out, or those that it was trained on if it held out none."""
+    data = load_data(config, run.record)
+    predict = _trained_predictor(config, run)
     by_shape: dict[tuple[int, ...], list[Slice]] = {}
-    for item in chosen:
+    for item in data.held_out or data.training:
         by_shape.setdefault(item.label.shape, []).append(item)
-    for shape, items in by_shape.items():
-        probability: npt.NDArray[np.float32] = np.stack([predict(item.image) for item in items])
-        scores = score_stack(probability, np.stack([item.label for item in items]))
-        kind = "held-out" if held_out else "training"
-        target = Path(config.model_dir) / "eval" / f"scores-{shape[0]}x{shape[1]}.json"
-        log.event(
-            "SUMMARY",
-            f"{len(items)} {kind} slices of {shape[0]} x {shape[1]}: {scores}",
-            **scores.as_dict(),
-        )
-        write_json(target, {"slices": len(items), "held_out": bool(held_out), **scores.as_dict()})
-        threshold_curve(scores, target)
-    tf.keras.backend.clear_session()
+    for (height, width), items in by_shape.items():
+        scores = tally(predict, items)
+        kind = "held-out" if data.held_out else "training"
+        chosen_on = "the validation slices" if run.best().exist() else "no slices"
+        target = run.folder / "eval" / f"scores-{height}x{width}.json"
+        record = {"slices": len(items), "held_out": bool(data.held_out), **scores.as_dict(run.threshold)}
+        text = (
+            "at the threshold {threshold} that {by} chose: V_rand {v_rand_at_threshold:.4f}, V_info "
+            "{v_info_at_threshold:.4f}, Dice of the membrane {dice:.4f}, pixel error {pixel_error:.4f}; the "
+            "challenge's figures, each at the threshold that is best on these very slices: V_rand {best_v_rand:.4f} "
+            "(at {best_v_rand_threshold}), V_info {best_v_info:.4f} (at {best_v_info_threshold})"
+        ).format(by=chosen_on, **record)
+        log.event("SUMMARY", f"{len(items)} {kind} slices of {height} x {width}, {text}", **record)
+        write_json(target, record)
+        threshold_curve(scores, run.threshold, target)

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from train.config import ConfigError, TrainConfig
-from train.input.dataset import Slice, windows_of
-from train.loop import Trainer
+from train.errors import TrainError
+from train.input.dataset import windows_of
+from train.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from train.cluster import Cluster
+    from train.config import TrainConfig
+    from train.input.store import Slice
+    from train.run.cluster import Cluster
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What the measured steps came to: images of all ranks over wall time; latencies are of whole steps."""
+    """What the measured steps came to: images of all ranks over the slowest one's time, latencies of whole steps."""
 
     images: int
     wall_s: float
@@ -47,9 +49,14 @@ class Throughput:
 
 
 def time_steps(
-    take: Callable[[], Any], step: Callable[[int, Any], None], warmup_steps: int, steps: int, images_per_step: int
+    take: Callable[[], Any],
+    step: Callable[[int, Any], None],
+    warmup_steps: int,
+    steps: int,
+    images_per_step: int,
+    cluster: Cluster | None = None,
 ) -> Throughput:
-    """Time steps one after another.
+    """Time steps one after another, on every rank.
 
     Args:
         take: gives the next step's input.
@@ -57,6 +64,7 @@ def time_steps(
         warmup_steps: steps before, which are not measured.
         steps: measured steps.
         images_per_step: on all ranks.
+        cluster: the ranks; by default this process alone.
     """
     for number in range(warmup_steps):
         step(number, take())
@@ -69,19 +77,21 @@ def time_steps(
         done = time.perf_counter()
         latencies_s.append(done - now)
         now = done
-    wall_s = now - started
-    p50_ms, p90_ms, p95_ms, p99_ms = (float(value) * 1e3 for value in np.percentile(latencies_s, (50, 90, 95, 99)))
+    mine = np.array([[now - started, waited_s, *latencies_s]])
+    ranks = mine if cluster is None else cluster.gather(mine, name="latencies")
+    wall_s, latencies = float(ranks[:, 0].max()), ranks[:, 2:]
+    p50_ms, p90_ms, p95_ms, p99_ms = (float(value) * 1e3 for value in np.percentile(latencies, (50, 90, 95, 99)))
     images = steps * images_per_step
     return Throughput(
         images=images,
         wall_s=wall_s,
         img_per_s=images / wall_s,
-        mean_ms=float(np.mean(latencies_s)) * 1e3,
+        mean_ms=float(latencies.mean()) * 1e3,
         p50_ms=p50_ms,
         p90_ms=p90_ms,
         p95_ms=p95_ms,
         p99_ms=p99_ms,
-        input_share=waited_s / wall_s,
+        input_share=float(ranks[:, 1].sum() / ranks[:, 0].sum()),
     )
 
 
@@ -89,11 +99,11 @@ def measure(config: TrainConfig, cluster: Cluster, slices: Sequence[Slice], *, t
     """Measure training, or inference on the same windows, with ``max_steps`` steps of which some are warm-up.
 
     Raises:
-        ConfigError: if there are no steps after the warm-up.
+        TrainError: if there are no steps after the warm-up.
     """
     steps = config.max_steps - config.warmup_steps
     if steps < 1:
-        raise ConfigError(
+        raise TrainError(
             f"--max_steps {config.max_steps} leaves nothing to measure after --warmup_steps {config.warmup_steps}: "
             "raise the one or lower the other"
         )
@@ -107,8 +117,9 @@ def measure(config: TrainConfig, cluster: Cluster, slices: Sequence[Slice], *, t
     def run(number: int, batch: tuple[tf.Tensor, ...]) -> None:
         # Reading a value back makes the step end: a GPU would else only have been given the work.
         if training:
-            trainer.step(number, batch).numpy()
+            # As in training, the ranks add up their losses after each step.
+            cluster.sum(tf.stack([trainer.step(number, batch)]), name="step_outcome").numpy()
         else:
             forward(batch[0])[0, 0, 0, 0].numpy()
 
-    return time_steps(lambda: next(batches), run, config.warmup_steps, steps, trainer.global_batch)
+    return time_steps(lambda: next(batches), run, config.warmup_steps, steps, trainer.global_batch, cluster)

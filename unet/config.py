@@ -70,7 +70,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, prefix: str = "")
         options = {"default": field.default, "help": field.metadata[_HELP]}
         if field.metadata[_KIND] is bool:
             parser.add_argument(f"--{name}", action="store_true", **options)
-            parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=f"not --{name}")
+            parser.add_argument(f"--no_{name}", f"--no-{name}", dest=name, action="store_false", help=f"not --{name}")
             continue
         if isinstance(field.default, tuple):
             options["nargs"] = "+"

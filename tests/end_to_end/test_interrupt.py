@@ -49,7 +49,7 @@ def shared_memory_of(checkout: Path) -> Iterator[set[str]]:
 @pytest.mark.parametrize(
     "moment",
     [
-        pytest.param("   step 10: held-out Dice", marks=pytest.mark.slow),
+        pytest.param("   step 10: validation Dice", marks=pytest.mark.slow),
         "[0]<stdout>:training on",
         pytest.param("== start Triton", marks=pytest.mark.slow),
         pytest.param("== benchmark", marks=pytest.mark.slow),

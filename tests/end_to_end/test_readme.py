@@ -75,7 +75,7 @@ def test_the_demo_says_where_everything_is(
         assert f"demo/{name}" in said
         assert (checkout / "demo" / name).exists()
     assert "V_rand thin" in said
-    assert "held-out Dice" in said
+    assert "validation Dice" in said
     # The same batch size by our client, by perf_analyzer, and the reference's figures.
     assert re.search(r"\| +572 \| +1 \| +1 \|.*\| +62\.81 \| +34\.27 \|", said)
     record = json.loads((checkout / "demo" / "benchmark" / "benchmark.json").read_text(encoding="utf-8"))

@@ -4,13 +4,15 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from train.charts import augmentation_sheet, learning_curve, threshold_curve
 from train.input.augmentation import NO_AUGMENTATION, Augmentation
-from train.input.dataset import Slice, Windows
-from train.log import RunLog
-from unet.scores import score_stack
+from train.input.dataset import Windows
+from train.input.store import Slice
+from train.run.log import RunLog
+from train.scoring import tally
 from unet.volume.overlay import membrane_overlay
 
 
@@ -19,21 +21,26 @@ def test_the_learning_curve_needs_a_loss(tmp_path: Path) -> None:
     log.event("PARAMETER", "begins", seed=0)
     assert learning_curve(tmp_path) is None
     sizes = []
-    for step, data in [(10, {"loss": 0.7}), (20, {"loss": 0.5}), (20, {"dice": 0.6})]:
+    scores = {"v_rand": 0.7, "v_info": 0.8, "dice": 0.6}
+    for step, data in [(10, {"loss": 0.7}), (20, {"loss": 0.5}), (20, scores)]:
         log.event(step, "", **data)
         picture = learning_curve(tmp_path)
         assert picture == tmp_path / "learning_curve.png"
         with Image.open(picture) as opened:
             sizes.append(len(np.unique(np.asarray(opened.convert("RGB")).reshape(-1, 3), axis=0)))
-    # The Dice brings a second colour.
+    # The scores bring more colours.
     assert sizes[2] > sizes[1]
 
 
 def test_the_threshold_curve_holds_the_scores(slices: list[Slice], tmp_path: Path) -> None:
-    labels = np.stack([item.label for item in slices[:2]])
-    noise = np.random.default_rng(0).uniform(-0.45, 0.45, labels.shape)
-    scores = score_stack(np.clip(labels + noise, 0, 1).astype(np.float32), labels)
-    threshold_curve(scores, tmp_path / "scores-96x96.json")
+    rng = np.random.default_rng(0)
+
+    def noisy(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        label = next(item.label for item in slices if item.image is image or (item.image == image).all())
+        return np.clip(label + rng.uniform(-0.45, 0.45, label.shape), 0, 1).astype(np.float32)
+
+    scores = tally(noisy, slices[:2])
+    threshold_curve(scores, 0.7, tmp_path / "scores-96x96.json")
     with (tmp_path / "scores-96x96.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [float(row["threshold"]) for row in rows] == list(scores.thresholds)

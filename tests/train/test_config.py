@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from train.config import ConfigError, TrainConfig, parse_config
+from train.config import TrainConfig, parse_config, parse_flags
+from train.errors import TrainError
 
 
 def test_the_published_flags_keep_their_defaults() -> None:
@@ -37,6 +38,8 @@ def test_flags_and_their_negations() -> None:
         augment=True, use_amp=True, max_steps=7
     )
     assert parse_config(["--augment", "--no-augment"]) == TrainConfig()
+    assert parse_config(["--max-steps=7", "--augment", "--no_augment"]) == TrainConfig(max_steps=7)
+    assert parse_flags(["--no_augment", "--seed=0"]) == {"augment": False, "seed": 0}
 
 
 def test_a_written_configuration_repeats_the_run(tmp_path: Path) -> None:
@@ -56,20 +59,25 @@ def test_a_written_configuration_repeats_the_run(tmp_path: Path) -> None:
         ("--batch_size", "0", "at least 1"),
         ("--crossvalidation_idx", "5", "0 to 4"),
         ("--dropout", "1", "below 1"),
+        ("--validation_share", "1", "below 1"),
+        ("--seed", "-1", "--seed is -1; it must be at least 0"),
+        ("--seed", "9999999", "it must be at most 2000000"),
+        ("--max_minutes", "-1", "at least 0"),
+        ("--learning_rate", "nan", "at least 0"),
     ],
 )
 def test_impossible_values_are_named(flag: str, value: str, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(TrainError, match=sentence):
         parse_config([flag, value])
 
 
 def test_a_broken_configuration_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("{")
-    with pytest.raises(ConfigError, match=r"config.json is not the config.json of a training run"):
+    with pytest.raises(TrainError, match=r"config.json is not the config.json of a training run"):
         parse_config(["--config", str(path)])
     path.write_text('{"settings": {"colour": 1}}')
-    with pytest.raises(ConfigError, match="does not know: colour"):
+    with pytest.raises(TrainError, match="does not know: colour"):
         parse_config(["--config", str(path)])
 
 
@@ -79,6 +87,9 @@ def test_help_does_not_load_tensorflow() -> None:
     done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--crossvalidation_idx" in done.stdout
+    # As the reference document has them.
+    assert "--no-augment" in done.stdout
+    assert "--no-benchmark" in done.stdout
     assert done.stdout.endswith("False\n")
 
 
@@ -92,5 +103,5 @@ def test_errors_are_one_sentence_and_exit_code_2(project_root: Path, tmp_path: P
 def test_the_global_batch_is_shared_out_or_refused() -> None:
     assert parse_config(["--global_batch_size", "6"]).for_ranks(2).batch_size == 3
     assert parse_config(["--batch_size", "5"]).for_ranks(2).batch_size == 5
-    with pytest.raises(ConfigError, match="global_batch_size 6 cannot be shared out evenly over 4 ranks"):
+    with pytest.raises(TrainError, match="global_batch_size 6 cannot be shared out evenly over 4 ranks"):
         parse_config(["--global_batch_size", "6"]).for_ranks(4)

@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train.config import config_of
+from train.cross_validate import Fold, main
+from train.errors import TrainError
+
 LINE = [sys.executable, "train/cross_validate.py"]
 FLAGS = ["--base_filters=2", "--tile_size=188", "--max_steps=2", "--checkpoint_every=1"]
 
@@ -24,6 +28,37 @@ def test_a_wrong_flag_is_named_before_anything_is_trained(project_root: Path, tm
     assert done.returncode == 2
     assert done.stderr == "error: --max_steps is 0; it must be at least 1\n"
     assert not (tmp_path / "folds").exists()
+
+
+@pytest.mark.parametrize("flag", ["--crossvalidation_idx=2", "--exec_mode=train", "--resume"])
+def test_what_is_set_for_each_fold_is_no_flag(project_root: Path, tmp_path: Path, flag: str) -> None:
+    if flag != "--resume":
+        assert main([f"--model_dir={tmp_path}", flag]) == 2
+        return
+    done = run(project_root, f"--model_dir={tmp_path}", flag)
+    assert done.stderr == "error: --resume is set for each fold here: leave it out\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_other_settings_is_refused(trained: Path, phantom_dir: Path, tmp_path: Path) -> None:
+    """The scores of that run would be printed as those of this one."""
+    shutil.copytree(trained, tmp_path / "fold-4")
+    fold = Fold(4, tmp_path / "fold-4")
+    settings = json.loads((trained / "config.json").read_text())["settings"]
+    fold.check(config_of(settings))
+    with pytest.raises(TrainError, match=r"other settings \(--max_steps 6 -> 7, --augment False -> True\)"):
+        fold.check(config_of({**settings, "max_steps": 7, "augment": True}))
+
+
+def test_scores_of_trained_slices_are_no_scores_of_a_fold(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "fold-4")
+    fold = Fold(4, tmp_path / "fold-4")
+    (path,) = (tmp_path / "fold-4" / "eval").glob("scores-*.json")
+    record = json.loads(path.read_text())
+    assert fold.scores()["v_rand_at_threshold"] == record["v_rand_at_threshold"]
+    path.write_text(json.dumps({**record, "held_out": False}))
+    with pytest.raises(TrainError, match="has scores of slices that were trained on"):
+        fold.scores()
 
 
 @pytest.mark.slow

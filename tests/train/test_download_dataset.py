@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from train.download_dataset import DownloadError, download
+from train.download_dataset import download
+from train.errors import TrainError
 
 STACKS = {
     name: np.random.default_rng(number).integers(0, 256, (3, 40, 50), np.uint8)
@@ -115,7 +116,7 @@ def test_it_goes_on_where_a_mirror_broke_off(mirror: Callable[..., Mirror], tmp_
 
 
 def test_a_later_call_goes_on_from_what_has_arrived(mirror: Callable[..., Mirror], tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="503"):
+    with pytest.raises(TrainError, match="503"):
         download(tmp_path, [mirror("break off", "refuse").url], EXPECTED)
     assert [path.name for path in tmp_path.iterdir()] == [".download.zip.part"]
     good = mirror("serve")
@@ -149,7 +150,7 @@ def test_failures_are_one_sentence(
     mirror: Callable[..., Mirror], tmp_path: Path, behaviour: str, sentence: str
 ) -> None:
     broken = mirror(behaviour, "refuse")
-    with pytest.raises(DownloadError, match=sentence) as caught:
+    with pytest.raises(TrainError, match=sentence) as caught:
         download(tmp_path, [broken.url], EXPECTED)
     assert broken.url in str(caught.value)
     assert not list(tmp_path.glob("*.tif"))
@@ -157,11 +158,11 @@ def test_failures_are_one_sentence(
 
 def test_other_pixels_are_refused(mirror: Callable[..., Mirror], tmp_path: Path) -> None:
     other = archive_of({**STACKS, "test-volume.tif": STACKS["test-volume.tif"][:2]})
-    with pytest.raises(DownloadError, match=r"test-volume\.tif has other pixels"):
+    with pytest.raises(TrainError, match=r"test-volume\.tif has other pixels"):
         download(tmp_path, [mirror("serve", content=other).url], EXPECTED)
     assert not (tmp_path / "test-volume.tif").exists()
     tifffile.imwrite(tmp_path / "test-volume.tif", STACKS["test-volume.tif"][:2], photometric="minisblack")
-    with pytest.raises(DownloadError, match="move it away"):
+    with pytest.raises(TrainError, match="move it away"):
         download(tmp_path, [mirror("serve").url], EXPECTED)
 
 

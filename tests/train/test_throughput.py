@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from train.cluster import Cluster
-from train.config import ConfigError, TrainConfig
-from train.input.dataset import Slice
+from train.config import TrainConfig
+from train.errors import TrainError
+from train.input.store import Slice
+from train.run.cluster import Cluster
 from train.throughput import measure, time_steps
 
 
@@ -32,6 +34,21 @@ def test_images_over_wall_time_without_the_warm_up() -> None:
     assert 2 <= figures.p50_ms <= figures.p90_ms <= figures.p95_ms <= figures.p99_ms < 50
 
 
+class TwoRanks(Cluster):
+    """This rank and one that was twice as slow in every step."""
+
+    def gather(self, values: np.ndarray, name: str) -> np.ndarray:  # type: ignore[type-arg]
+        return np.concatenate([values, 2 * values])
+
+
+def test_the_slowest_rank_decides() -> None:
+    figures = time_steps(lambda: 0, lambda *_: time.sleep(0.005), 0, 10, 2, TwoRanks())
+    alone = time_steps(lambda: 0, lambda *_: time.sleep(0.005), 0, 10, 2)
+    assert figures.img_per_s == pytest.approx(alone.img_per_s / 2, rel=0.2)
+    assert figures.p99_ms == pytest.approx(2 * alone.p99_ms, rel=0.3)
+    assert figures.mean_ms == pytest.approx(1.5 * alone.mean_ms, rel=0.2)
+
+
 def test_the_share_of_the_input_is_what_steps_wait() -> None:
     figures = time_steps(lambda: time.sleep(0.02), lambda *_: time.sleep(0.005), 0, 5, 1)
     assert 0.6 < figures.input_share < 0.9
@@ -43,7 +60,7 @@ def test_the_real_network_is_measured(tiny: Callable[..., TrainConfig], slices: 
     figures = measure(config, Cluster(), slices, training=training)
     assert figures.images == 6
     assert 0 < figures.input_share < 1
-    with pytest.raises(ConfigError, match="leaves nothing to measure"):
+    with pytest.raises(TrainError, match="leaves nothing to measure"):
         measure(dataclasses.replace(config, warmup_steps=5), Cluster(), slices, training=training)
 
 

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from train.input.dataset import load_slices
+from train.input.store import load_stack
 from unet.intensity import WindowChoice, Windows, find_windows, parse_window, to_uint8
 from unet.intensity.percentiles import measure
-from unet.volume import open_volume
+from unet.volume import MASKS, open_volume
 
 Array = npt.NDArray[Any]
 
@@ -139,8 +139,9 @@ def test_trainer_and_client_agree(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a-labels.tif", labels, photometric="minisblack")
     for choice in (None, "slice", (27000.0, 30000.0)):
         found = windows(path, choice)
-        for page, (_, image, _) in enumerate(load_slices([(path, tmp_path / "a-labels.tif")], window=choice)):
-            assert np.array_equal(image, found.apply(page, pixels[page]))
+        slices = load_stack((path, tmp_path / "a-labels.tif"), MASKS, 0.0, choice)
+        for page, item in enumerate(slices):
+            assert np.array_equal(item.image, found.apply(page, pixels[page]))
 
 
 def test_the_words_of_the_flag() -> None:

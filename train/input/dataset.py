@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from train.input.augmentation import NO_AUGMENTATION, Augmentation, resample, sampling_map, shift_intensities
-from unet.errors import UnetError, warn
-from unet.geometry import output_size
-from unet.intensity import WindowChoice, find_windows, normalise
-from unet.volume import MASKS, LabelOptions, load_pair, open_volume
+from unet.geometry import gather, mirrored_indices, output_size
+from unet.intensity import normalise
+from unet.volume import NOT_ANNOTATED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,70 +19,14 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from train.config import TrainConfig
+    from train.input.store import Slice
 
-TRAIN_IMAGES = "train-volume.tif"
-TRAIN_LABELS = "train-labels.tif"
-TEST_IMAGES = "test-volume.tif"
-FOLDS = 5
-
-
-class DataError(UnetError):
-    """Training data that cannot be used."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One labelled slice: image uint8 [H, W]; label uint8 [H, W], 0 membrane, 1 not; cost float32 [H, W]."""
-
-    name: str
-    image: npt.NDArray[np.uint8]
-    label: npt.NDArray[np.uint8]
-    cost: npt.NDArray[np.float32]
-
-
-def find_pairs(data_dir: str | Path) -> list[tuple[Path, Path]]:
-    """The (images, labels) files under ``data_dir``: any number of `NAME-volume.tif` with `NAME-labels.tif`.
-
-    A `test-volume.tif` is what `predict` segments and is left out.
-
-    Raises:
-        DataError: if there is none, or an images file has no labels file.
-    """
-    folder = Path(data_dir)
-    images = sorted(path for path in folder.glob("*-volume.tif*") if not path.name.startswith("test-"))
-    pairs = [(path, path.with_name(path.name.replace("-volume.", "-labels."))) for path in images]
-    for path, labels in pairs:
-        if not labels.exists():
-            raise DataError(f"{path} has no labels: {labels} does not exist; put the label stack there")
-    if not pairs:
-        raise DataError(
-            f"no training stack in {folder}: put {TRAIN_IMAGES} and {TRAIN_LABELS} there, name another folder with "
-            "--data_dir, or make a synthetic stack with `python -m unet.phantom --out FOLDER`"
-        )
-    return pairs
-
-
-def load_slices(
-    pairs: Sequence[tuple[Path, Path]], options: LabelOptions = MASKS, window: WindowChoice = None
-) -> list[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
-    """All labelled slices of several stacks as (name, image uint8 [H, W], label uint8 [H, W])."""
-    loaded = []
-    for images_path, labels_path in pairs:
-        images, labels = load_pair(images_path, labels_path, options)
-        with open_volume(images_path) as volume:
-            windows = find_windows(volume, window)
-        for note in windows.notes:
-            warn(note)
-        loaded += [
-            (f"{images_path.name}[{page}]", windows.apply(page, image), label)
-            for page, (image, label) in enumerate(zip(images, labels))
-        ]
-    return loaded
-
-
-def fold_of(count: int, fold: int, folds: int = FOLDS) -> range:
-    """The slices that fold ``fold`` holds out: consecutive ones, since neighbouring slices look alike."""
-    return range(fold * count // folds, (fold + 1) * count // folds)
+# Tries to find a place in a partly annotated slice where the label has an annotated pixel.
+_TRIES = 50
+# Pixels around what a window reads, for the interpolation.
+_MARGIN_PX = 2
+# Larger slices are never brought to float32 whole.
+_WHOLE_SLICE_PX = 2**20
 
 
 @dataclass(frozen=True)
@@ -96,12 +38,14 @@ class Windows:
         size: input size of a window, 188 + 16k; its label is the central ``size - 184`` pixels.
         settings: how windows are deformed.
         seed: the stream's seed.
+        membrane_weight: cost of an error on a membrane pixel; other pixels cost 1.
     """
 
     slices: Sequence[Slice]
     size: int
     settings: Augmentation
     seed: int
+    membrane_weight: float = 1.0
 
     def slice_index(self, number: int) -> int:
         """The slice of window ``number``: every slice once in each round, in a new order each round."""
@@ -109,21 +53,38 @@ class Windows:
         return int(np.random.default_rng([self.seed, 1, round_]).permutation(len(self.slices))[place])
 
     def window(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        """Window ``number``: image float32 [size, size, 1] in [-1, 1]; label uint8 and cost float32 [out, out]."""
+        """Window ``number``: image float32 [size, size, 1] in [-1, 1]; label uint8 and cost float32 [out, out].
+
+        The cost is 0 where the label is not annotated, and the label is then 255.
+        """
         rng = np.random.default_rng([self.seed, 2, number])
         chosen = self.slices[self.slice_index(number)]
         out = output_size(self.size)
         halo = (self.size - out) // 2
-        centre = tuple(self._centre(side, out, rng) for side in chosen.image.shape)
-        mapped = sampling_map(self.size, (centre[0], centre[1]), self.settings, rng)
-        image = resample(normalise(chosen.image), mapped).astype(np.float32)
+        centre = self._centre(chosen, out, rng)
+        mapped = sampling_map(self.size, centre, self.settings, rng)
+        image = _read(chosen.image, mapped, brightness=True).astype(np.float32)
         inner = np.ascontiguousarray(mapped[:, halo : halo + out, halo : halo + out])
-        label = resample(chosen.label, inner, nearest=True).astype(np.uint8)
-        cost = resample(chosen.cost, inner, nearest=True).astype(np.float32)
+        label = _read(chosen.label, inner).astype(np.uint8)
+        cost = np.where(label == 0, np.float32(self.membrane_weight), np.float32(1))
+        if chosen.border is not None:
+            cost += _read(chosen.border, inner)
+        cost[label == NOT_ANNOTATED] = 0
+        chosen.release()
         return shift_intensities(image, self.settings, rng)[..., np.newaxis], label, cost
 
-    def _centre(self, side: int, out: int, rng: np.random.Generator) -> float:
-        """A random centre, in pixels, whose output lies inside the slice where the slice is large enough."""
+    def _centre(self, chosen: Slice, out: int, rng: np.random.Generator) -> tuple[float, float]:
+        """A random centre, in pixels, whose undeformed label has an annotated pixel."""
+        height, width = chosen.label.shape
+        for _ in range(_TRIES):
+            row, col = self._place(height, out, rng), self._place(width, out, rng)
+            top, left = max(0, int(row - out / 2)), max(0, int(col - out / 2))
+            if (chosen.label[top : top + out, left : left + out] != NOT_ANNOTATED).any():
+                break
+        return row, col
+
+    def _place(self, side: int, out: int, rng: np.random.Generator) -> float:
+        """A random centre on one axis whose output lies inside the slice if the slice is large enough."""
         free = side - out
         middle = (side - 1) / 2
         if free <= 0:
@@ -158,6 +119,29 @@ class Windows:
         return numbers.map(cut, num_parallel_calls=threads).batch(batch_size, drop_remainder=True).prefetch(4)
 
 
+def _read(plane: npt.NDArray[Any], mapped: npt.NDArray[np.float32], *, brightness: bool = False) -> npt.NDArray[Any]:
+    """Read a plane [H, W] through a sampling map, of a large plane no more than the map touches.
+
+    Args:
+        plane: of a slice.
+        mapped: float32 [2, size, size], rows and columns.
+        brightness: whether these are intensities, which become [-1, 1] and are read bilinearly, not by the nearest.
+    """
+    if plane.size > _WHOLE_SLICE_PX:
+        axes = []
+        for axis, side in zip(mapped, plane.shape):
+            first = int(np.floor(axis.min())) - _MARGIN_PX
+            axes.append((first, mirrored_indices(first, int(np.ceil(axis.max())) + _MARGIN_PX + 1 - first, side)))
+        (top, rows), (left, cols) = axes
+        touched = plane[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1]
+        plane = gather(touched, rows - rows.min(), cols - cols.min())
+        mapped = mapped - np.array([top, left], np.float32)[:, np.newaxis, np.newaxis]
+    if plane.dtype == np.float16:  # which OpenCV does not read
+        plane = plane.astype(np.float32)
+    return resample(normalise(plane) if brightness else plane, mapped, nearest=not brightness)
+
+
 def windows_of(config: TrainConfig, slices: Sequence[Slice]) -> Windows:
     """The training windows that a configuration asks for."""
-    return Windows(slices, config.tile_size, Augmentation() if config.augment else NO_AUGMENTATION, config.seed)
+    settings = Augmentation() if config.augment else NO_AUGMENTATION
+    return Windows(slices, config.tile_size, settings, config.seed, config.membrane_weight)

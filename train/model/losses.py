@@ -1,50 +1,11 @@
-"""Pixel-wise losses on logits and the weights that make a broken membrane expensive."""
+"""Pixel-wise losses on logits."""
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-import scipy.ndimage
 import tensorflow as tf
 
-LOSSES = ("cross_entropy", "cross_entropy+dice")
-
-# Ronneberger et al. (2015), equation 2.
-BORDER_WEIGHT = 10.0
-BORDER_SIGMA_PX = 5.0
-
-
-def border_weights(
-    label: npt.NDArray[np.uint8], weight: float = BORDER_WEIGHT, sigma_px: float = BORDER_SIGMA_PX
-) -> npt.NDArray[np.float32]:
-    """The U-Net paper's border weight of one slice: high on membrane that is all there is between two cells.
-
-    ``weight * exp(-(d1 + d2)^2 / (2 sigma^2))`` on membrane pixels, where d1 and d2 are the distances to the nearest
-    and the second nearest cell (4-connected component of the foreground); 0 elsewhere.
-
-    Args:
-        label: uint8 [H, W], 0 membrane, 1 not.
-        weight: the weight where both cells touch.
-        sigma_px: how fast it falls off, in pixels.
-
-    Returns:
-        float32 [H, W].
-    """
-    cells, count = scipy.ndimage.label(label)
-    nearest = np.full((2, *label.shape), np.inf, dtype=np.float32)
-    reach = int(np.ceil(4 * sigma_px))
-    for index, box in enumerate(scipy.ndimage.find_objects(cells), start=1):
-        grown = tuple(
-            slice(max(0, side.start - reach), min(size, side.stop + reach)) for side, size in zip(box, label.shape)
-        )
-        distance = scipy.ndimage.distance_transform_edt(cells[grown] != index).astype(np.float32)
-        first, second = nearest[0][grown], nearest[1][grown]
-        np.minimum(second, np.maximum(first, distance), out=second)
-        np.minimum(first, distance, out=first)
-    if count < 2:
-        return np.zeros(label.shape, np.float32)
-    falloff = np.exp(-((nearest[0] + nearest[1]) ** 2) / (2 * sigma_px**2))
-    return np.where(label == 0, weight * falloff, 0).astype(np.float32)
+# An image of which less is annotated counts less: the gradient of a few pixels is mostly noise.
+_FULL_SHARE = 1 / 16
 
 
 def segmentation_loss(logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, loss: str) -> tf.Tensor:
@@ -53,19 +14,23 @@ def segmentation_loss(logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, 
     Args:
         logits: float32 [N, H, W, 2].
         labels: integer [N, H, W], 0 membrane, 1 not.
-        weights: float32 [N, H, W], what an error at each pixel costs.
-        loss: one of `LOSSES`.
+        weights: float32 [N, H, W], what an error at each pixel costs; 0 where it counts nowhere.
+        loss: one of `train.config.LOSSES`.
 
     Returns:
-        A scalar: the mean over images of the weighted mean cross-entropy, plus, if asked for, one minus the soft Dice
-        coefficient of the membrane's softmax probability.
+        A scalar: the mean over images of the weighted cross-entropy, summed and divided by the pixels that count, plus,
+        if asked for, one minus the soft Dice coefficient of the membrane's softmax probability.
     """
+    counts = tf.cast(weights > 0, weights.dtype)
+    labels = tf.where(weights > 0, labels, tf.zeros_like(labels))
     entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
     # Each image is divided by its own pixels, not by its weights: a global batch split over ranks has the same sum.
-    total = tf.reduce_mean(entropy * weights)
+    pixels = tf.cast(tf.reduce_prod(tf.shape(weights)[1:]), weights.dtype)
+    counted = tf.maximum(tf.reduce_sum(counts, axis=(1, 2)), pixels * _FULL_SHARE)
+    total = tf.reduce_mean(tf.reduce_sum(entropy * weights, axis=(1, 2)) / counted)
     if loss == "cross_entropy+dice":
-        probability = tf.nn.softmax(logits)[..., 0]
-        membrane = tf.cast(tf.equal(labels, 0), probability.dtype)
+        probability = tf.nn.softmax(logits)[..., 0] * tf.cast(counts, logits.dtype)
+        membrane = tf.cast(tf.equal(labels, 0), probability.dtype) * tf.cast(counts, logits.dtype)
         overlap = tf.reduce_sum(probability * membrane, axis=(1, 2))
         size = tf.reduce_sum(probability + membrane, axis=(1, 2))
         total += tf.reduce_mean(1 - (2 * overlap + 1) / (size + 1))

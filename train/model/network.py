@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEVELS = 5
 CLASSES = 2
+# How the names of the expanding path's layers begin.
+DECODER = ("up", "logits")
 
 
 class UpConvolution(tf.keras.layers.Layer):

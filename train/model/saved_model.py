@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import tensorflow as tf
 
+from train.errors import TrainError
 from train.model.network import build_unet
+from train.run.checkpoints import diverged, naming_a_full_disk
 from unet.files import atomic_directory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class _Serving(tf.Module):
@@ -37,11 +36,18 @@ def write_saved_model(model: tf.keras.Model, path: str | Path) -> None:
         ``serving_default``: ``image`` uint8 [N, H, W, 1] -> ``probability`` float16 [N, H-184, W-184, 1],
         1 where certainly not membrane.
         ``network``: ``image`` float32 [N, H, W, 1] in [-1, 1] -> ``logits`` float32 [N, H-184, W-184, 2].
+
+    Raises:
+        TrainError: if a weight is no number.
+        OSError: if the disk is full; what was there stays.
     """
+    fault = diverged(model.variables)
+    if fault:
+        raise TrainError(f"{path} is not written, because the weights have diverged ({fault}): train again")
     plain = build_unet(base_filters=model.get_layer("down0_conv1").filters)
     plain.set_weights(model.get_weights())
     serving = _Serving(plain)
-    with atomic_directory(path) as aside:
+    with naming_a_full_disk(Path(path)), atomic_directory(path) as aside:
         tf.saved_model.save(
             serving, str(aside), signatures={"serving_default": serving.serve, "network": serving.network}
         )

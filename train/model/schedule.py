@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from unet.files import write_json
-
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
-CONFIG_FILE = "config.json"
 # The first steps trace and compile the network; the next ones are timed. A slow machine is timed for a shorter count.
 UNTIMED_STEPS = 3
 TIMED_STEPS = 20
@@ -87,22 +82,3 @@ class Budget:
         self.step_s = (now - self._since) / timed
         left = max(0, int((self._ends - now) / self.step_s))
         return max(done, min(self._limit, done + left))
-
-
-def record_steps(model_dir: str, steps: int) -> None:
-    """Write the fitted number of steps into a run's ``config.json``, so that repeating or resuming it takes as many."""
-    path = Path(model_dir) / CONFIG_FILE
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["settings"].update(max_steps=steps, max_minutes=0.0)
-    write_json(path, {**record, "fitted": True})
-
-
-def as_fitted(config: TrainConfig) -> tuple[TrainConfig, bool]:
-    """The configuration with the number of steps that the run to resume was fitted to, and whether it was."""
-    path = Path(config.model_dir) / CONFIG_FILE
-    if not (config.resume and config.max_minutes and path.exists()):
-        return config, False
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if not record.get("fitted"):
-        return config, False
-    return dataclasses.replace(config, max_steps=record["settings"]["max_steps"], max_minutes=0.0), True

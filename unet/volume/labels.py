@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from unet.volume.limits import LABEL_LIMITS, StackError
 from unet.volume.opening import open_volume
+from unet.volume.volume import BLOCK_PX
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 MEMBRANE, NOT_MEMBRANE, NOT_ANNOTATED = 0, 1, 255
 # Membrane is the minority in any tissue.
@@ -79,17 +80,44 @@ def read_labels(path: str | os.PathLike[str], options: LabelOptions = MASKS) -> 
     """
     with open_volume(path, LABEL_LIMITS) as reader:
         labels = np.empty((reader.pages, reader.height, reader.width), np.uint8)
-        values: set[int] = set() if options.membrane_value is None else {options.membrane_value}
-        for index, page in enumerate(reader):
-            if options.membrane_width > 0:
-                labels[index] = labels_of_ids(page, options)
-                continue
-            values.update(int(value) for value in np.unique(page) if int(value) != options.ignore_label)
-            if len(values | {0} if options.membrane_value is None else values) > 2:
-                raise StackError(_too_many(path, index, values, options))
-            labels[index] = _labels_of_mask(page, options)
-    _check_share(path, labels, options)
+    for page, row0, rows in label_blocks(path, options):
+        labels[page, row0 : row0 + len(rows)] = rows
     return labels
+
+
+def label_blocks(
+    path: str | os.PathLike[str], options: LabelOptions = MASKS, block_px: int = BLOCK_PX
+) -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
+    """The labels of `read_labels` by blocks of rows, as (page, first row, rows): a page need not fit into memory.
+
+    Args:
+        path: as for `read_labels`.
+        options: as for `read_labels`.
+        block_px: pixels of a block, at most.
+
+    Raises:
+        StackError: as `read_labels`; it is raised at the block, or after the last one, that shows the fault.
+    """
+    with open_volume(path, LABEL_LIMITS) as reader:
+        values: set[int] = set() if options.membrane_value is None else {options.membrane_value}
+        pages = np.zeros((reader.pages, 2), np.int64)
+        step = max(1, block_px // reader.width)
+        margin = options.membrane_width
+        for page in range(reader.pages):
+            for row0 in range(0, reader.height, step):
+                row1 = min(reader.height, row0 + step)
+                top = max(0, row0 - margin)
+                around = reader.rows(page, top, min(reader.height, row1 + margin))
+                if options.membrane_width > 0:
+                    rows = labels_of_ids(around, options)[row0 - top :][: row1 - row0]
+                else:
+                    values.update(int(value) for value in np.unique(around) if int(value) != options.ignore_label)
+                    if len(values | {0} if options.membrane_value is None else values) > 2:
+                        raise StackError(_too_many(path, page, values, options))
+                    rows = _labels_of_mask(around, options)
+                pages[page] += np.count_nonzero(rows == MEMBRANE), np.count_nonzero(rows == NOT_MEMBRANE)
+                yield page, row0, rows
+        _check_share(path, pages, reader.height * reader.width, options)
 
 
 def labels_of_ids(ids: npt.NDArray[Any], options: LabelOptions) -> npt.NDArray[np.uint8]:
@@ -133,19 +161,38 @@ def _too_many(path: str | os.PathLike[str], index: int, values: set[int], option
     )
 
 
-def _check_share(path: str | os.PathLike[str], labels: npt.NDArray[np.uint8], options: LabelOptions) -> None:
-    annotated = int(np.count_nonzero(labels != NOT_ANNOTATED))
-    if annotated == 0:
+def _check_share(
+    path: str | os.PathLike[str], pages: npt.NDArray[np.int64], page_px: int, options: LabelOptions
+) -> None:
+    """Refuse labels that no tissue has.
+
+    Args:
+        path: of the labels.
+        pages: pixels of membrane and of not membrane on each page, [N, 2].
+        page_px: pixels of a page.
+        options: how the values were understood.
+    """
+    membrane, other = pages.sum(axis=0)
+    if membrane + other == 0:
         raise StackError(f"{path} has no annotated pixel: --ignore_label {options.ignore_label} leaves nothing over")
-    share = int(np.count_nonzero(labels == MEMBRANE)) / annotated
-    if options.membrane_value is not None or 0 < share <= _MOST_MEMBRANE:
+    if options.membrane_value is not None:
         return
-    if options.membrane_width > 0:
+    share = float(membrane / (membrane + other))
+    if not 0 < share <= _MOST_MEMBRANE:
+        if options.membrane_width > 0:
+            raise StackError(
+                f"{path} has {share:.0%} membrane between its ids, which no tissue has: check that it holds ids of "
+                "cells; with --membrane_value ID, the id of what is no cell, it is taken as it is"
+            )
         raise StackError(
-            f"{path} has {share:.0%} membrane between its ids, which no tissue has: check that it holds ids of cells; "
-            "with --membrane_value ID, the id of what is no cell, it is taken as it is"
+            f"{path} has {share:.0%} membrane (value 0), which no tissue has: add --membrane_value with the value that "
+            "means membrane, as 255 or 1; --membrane_value 0 takes the labels as they are"
         )
-    raise StackError(
-        f"{path} has {share:.0%} membrane (value 0), which no tissue has: add --membrane_value with the value that "
-        "means membrane, as 255 or 1; --membrane_value 0 takes the labels as they are"
-    )
+    for index, (dark, light) in enumerate(pages):
+        # A page that is annotated in part may show one side alone.
+        one_value = min(dark, light) == 0 and dark + light == page_px
+        if one_value or dark > _MOST_MEMBRANE * (dark + light):
+            raise StackError(
+                f"page {index} of {path} has {dark / (dark + light):.0%} membrane where the whole stack has "
+                f"{share:.0%}: draw that page again or leave it out; --membrane_value 0 takes the labels as they are"
+            )

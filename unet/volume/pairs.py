@@ -67,6 +67,16 @@ def load_pair(
     Raises:
         StackError: if either cannot be read, or they do not fit each other.
     """
+    check_pair(images_path, labels_path)
+    return read_images(images_path), read_labels(labels_path, options)
+
+
+def check_pair(images_path: str | os.PathLike[str], labels_path: str | os.PathLike[str]) -> None:
+    """Compare the shapes of a stack and its labels, without reading their pixels.
+
+    Raises:
+        StackError: if either cannot be read, or they do not fit each other.
+    """
     with open_volume(images_path) as images, open_volume(labels_path, LABEL_LIMITS) as labels:
         if len(images) != len(labels):
             raise StackError(
@@ -77,4 +87,3 @@ def load_pair(
                 f"{images_path} has slices of {images.height} x {images.width} but {labels_path} of "
                 f"{labels.height} x {labels.width}: they must be of one size"
             )
-    return read_images(images_path), read_labels(labels_path, options)

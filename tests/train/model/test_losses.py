@@ -5,7 +5,8 @@ import pytest
 import scipy.ndimage
 import tensorflow as tf
 
-from train.model.losses import border_weights, segmentation_loss
+from train.model.border import border_weights
+from train.model.losses import segmentation_loss
 
 
 def test_cross_entropy_by_hand() -> None:
@@ -32,6 +33,39 @@ def test_halves_of_a_batch_average_to_the_whole() -> None:
     for loss in ("cross_entropy", "cross_entropy+dice"):
         parts = [float(segmentation_loss(logits[s], labels[s], weights[s], loss)) for s in (slice(2), slice(2, 4))]
         assert float(segmentation_loss(logits, labels, weights, loss)) == pytest.approx(np.mean(parts), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "cross_entropy+dice"])
+def test_pixels_without_weight_count_nowhere(loss: str) -> None:
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(2, 8, 8, 2)), rng.integers(0, 2, (2, 8, 8))
+    weights = rng.uniform(1, 3, (2, 8, 8))
+    weights[:, :3] = 0
+    hidden_logits, hidden_labels = logits.copy(), labels.copy()
+    hidden_logits[:, :3] = 50 * rng.normal(size=(2, 3, 8, 2))
+    hidden_labels[:, :3] = 255
+    whole = float(segmentation_loss(logits, labels, weights, loss))
+    assert float(segmentation_loss(hidden_logits, hidden_labels, weights, loss)) == pytest.approx(whole, rel=1e-9)
+    # The mean is over the pixels that count.
+    part = float(segmentation_loss(logits[:, 3:], labels[:, 3:], weights[:, 3:], loss))
+    assert whole == pytest.approx(part, rel=1e-9)
+
+
+def test_an_image_of_a_few_annotated_pixels_weighs_less() -> None:
+    logits, labels = np.zeros((1, 32, 32, 2)), np.zeros((1, 32, 32), np.int64)
+    weights = np.zeros((1, 32, 32))
+    weights[0, 0, :16] = 1  # a quarter of the sixteenth that counts in full
+    assert float(segmentation_loss(logits, labels, weights, "cross_entropy")) == pytest.approx(np.log(2) / 4)
+
+
+def test_what_nobody_annotated_draws_no_border() -> None:
+    label = np.ones((30, 40), np.uint8)
+    label[:, 18:22] = 0
+    drawn = border_weights(label)
+    assert drawn[:, 18:22].min() > 1
+    hidden = label.copy()
+    hidden[:, 22:] = 255
+    assert border_weights(hidden).max() == 0  # one cell is left
 
 
 def test_border_weight_equals_the_papers_formula() -> None:

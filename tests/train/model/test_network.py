@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from train.errors import TrainError
 from train.model.dropout import WindowDropout
 from train.model.network import UpConvolution, build_unet
 from train.model.saved_model import write_saved_model
@@ -59,6 +60,17 @@ def test_dropout_follows_the_window_and_not_the_batch() -> None:
     assert set(np.unique(together)) == {0.0, 2.0}
     assert 0.3 < (together == 0).mean() < 0.7
     np.testing.assert_array_equal(layer(ones, training=False), ones)
+
+
+def test_a_saved_model_of_diverged_weights_is_not_written(tmp_path: Path) -> None:
+    model = build_unet(2)
+    model.get_layer("up0_conv2").bias.assign([float("nan"), 0.0])
+    with pytest.raises(TrainError, match=r"model is not written.*up0_conv2/bias:0 has values that are not numbers"):
+        write_saved_model(model, tmp_path / "saved_model")
+    model.get_layer("up0_conv2").bias.assign([5e5, 0.0])
+    with pytest.raises(TrainError, match="beyond 65504"):
+        write_saved_model(model, tmp_path / "saved_model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saved_model_serves_raw_pixels(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from tests.train.test_loop import run_command
-from train.config import ConfigError, TrainConfig
-from train.model.schedule import TIMED_STEPS, UNTIMED_STEPS, Budget, Schedule, as_fitted
+from train.config import TrainConfig
+from train.errors import TrainError
+from train.model.schedule import TIMED_STEPS, UNTIMED_STEPS, Budget, Schedule
+from train.run.folder import Run
 
 Make = Callable[..., TrainConfig]
 
@@ -44,22 +46,21 @@ def test_the_limit_stays_a_limit(tiny: Make) -> None:
     assert [budget.fitted(done) for done in range(1, 24)][-1] == 30
 
 
-def test_a_run_takes_the_steps_that_fit_and_its_resumption_too(tiny: Make, project_root: Path) -> None:
+def test_a_run_takes_the_steps_that_fit_and_its_resumption_too(tiny: Make, line: Callable[..., list[str]]) -> None:
     config = tiny(max_steps=1_000_000, max_minutes=0.05, lr_schedule="cosine")
-    with run_command(config, project_root) as process:
-        said, _ = process.communicate()
-    assert process.returncode == 0
+    done = subprocess.run(line(config), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     record = json.loads(Path(config.model_dir, "config.json").read_text())
     steps = record["settings"]["max_steps"]
     assert 0 < steps < 1_000_000
     assert f"{steps} steps in all" in said
     assert f"trained {steps} steps" in said
     # A second budget must not be spent on a run whose learning rate was laid out for the first.
-    resumed, fitted = as_fitted(dataclasses.replace(config, resume=True))
-    assert fitted
+    resumed = Run(config.model_dir).configure({**dataclasses.asdict(config), "resume": True})
     assert (resumed.max_steps, resumed.max_minutes) == (steps, 0)
 
 
 def test_a_negative_budget_is_refused(tiny: Make) -> None:
-    with pytest.raises(ConfigError, match="--max_minutes is -1"):
+    with pytest.raises(TrainError, match="--max_minutes is -1"):
         tiny(max_minutes=-1.0)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOG_NAME = "log.json"
 BOARD_NAME = "tensorboard"
+CURVE_NAME = "learning_curve.png"
 _PREFIX = "DLLL "
 
 
@@ -34,8 +35,6 @@ class RunLog:
         self._active = active
         self._start = time.monotonic()
         self._board: Any = None
-        if active:
-            self._folder.mkdir(parents=True, exist_ok=True)
 
     def event(self, step: int | str, text: str, **data: Any) -> None:
         """Record ``data`` at ``step`` ("PARAMETER" and "SUMMARY" stand for the run's start and end)."""
@@ -50,6 +49,7 @@ class RunLog:
             "step": [] if step == "SUMMARY" else step,
             "data": data,
         }
+        self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / LOG_NAME).open("a", encoding="utf-8") as stream:
             stream.write(f"{_PREFIX}{json.dumps(record)}\n")
         say(text)
@@ -70,7 +70,7 @@ class RunLog:
             tf.summary.image(name, pixels[np.newaxis])
 
     def rewind(self, step: int) -> None:
-        """Forget what came after ``step``, from which a run goes on."""
+        """Forget what came after ``step``, from which a run is continued."""
         path = self._folder / LOG_NAME
         if not self._active or not path.exists():
             return

@@ -114,5 +114,5 @@ def test_sigterm_to_one_rank_saves_on_all_ranks_and_exits_0(
                 break
         rest = launcher.stdout.read()
     assert launcher.returncode == 0
-    assert rest.count("which is saved: go on with --resume") == 1
+    assert rest.count("which is saved: continue with --resume") == 1
     assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text(encoding="utf-8"))["step"] >= 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from train.log import RunLog, read_log
+from train.run.log import RunLog, read_log
 
 
 def test_lines_for_programs_and_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,94 @@
+"""The modes by the command: what they write, and what they read from the run instead of from flags."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from train.evaluation import make_predictor
+from train.input.store import load_stack
+from train.model.network import build_unet
+from train.run.checkpoints import Checkpoints
+from train.run.folder import Run
+from train.scoring import tally
+from unet.volume import MASKS
+
+Main = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_a_run_is_scored_on_what_it_held_out_at_the_threshold_that_validation_chose(
+    trained: Path, phantom_dir: Path
+) -> None:
+    record = json.loads((trained / "eval" / "scores-96x96.json").read_text())
+    assert (record["slices"], record["held_out"]) == (1, True)
+    assert record["threshold"] == Run(trained).threshold
+    model = build_unet(2)
+    Run(trained).load_trained(model)
+    slices = load_stack((phantom_dir / "train-volume.tif", phantom_dir / "train-labels.tif"), MASKS, 0.0)
+    held_out = tally(make_predictor(model), [slices[4]]).at(record["threshold"])
+    assert record["v_rand_at_threshold"] == pytest.approx(held_out["v_rand"])
+    assert record["dice"] == pytest.approx(held_out["dice"])
+    # The threshold is the best one of the validation slice, and not of the slice that is scored.
+    assert tally(make_predictor(model), [slices[3]]).best_threshold == record["threshold"]
+
+
+def test_the_saved_model_has_the_best_weights(trained: Path) -> None:
+    import tensorflow as tf
+
+    best = build_unet(2)
+    step = Run(trained).best(best).restore(partial=True)
+    for saved, weight in zip(tf.saved_model.load(str(trained / "saved_model")).model.variables, best.get_weights()):
+        np.testing.assert_array_equal(saved.numpy(), weight)
+    assert json.loads((trained / "config.json").read_text())["trained"]["weights_step"] == step
+
+
+def test_evaluate_and_predict_need_no_more_than_the_folder(
+    trained: Path, phantom_dir: Path, tmp_path: Path, main: Main
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(run / "eval")
+    # The data has moved, and the flags say nothing of the network or the fold.
+    data = Path(shutil.copytree(phantom_dir, tmp_path / "moved"))
+    for mode in ("evaluate", "predict"):
+        done = main(f"--exec_mode={mode}", f"--model_dir={run}", f"--data_dir={data}")
+        assert done.returncode == 0, done.stderr
+    before = json.loads((trained / "eval" / "scores-96x96.json").read_text())
+    assert json.loads((run / "eval" / "scores-96x96.json").read_text()) == pytest.approx(before)
+    probability = tifffile.imread(run / "eval" / "test-probability.tif")
+    assert probability.shape == (2, 96, 96)
+    assert 0 <= probability.min() < probability.max() <= 1
+
+
+def test_a_diverged_network_predicts_nothing(trained: Path, phantom_dir: Path, tmp_path: Path, main: Main) -> None:
+    """Its weights are finite, so nothing was refused before; its answers are not."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(run / "best")
+    shutil.rmtree(run / "eval")
+    model = build_unet(2)
+    for layer in model.layers:
+        if layer.weights:
+            layer.set_weights([np.full_like(array, 60_000) for array in layer.get_weights()])
+    Checkpoints(run / "checkpoints", model=model).save(9)
+    for mode in ("predict", "evaluate"):
+        done = main(f"--exec_mode={mode}", f"--model_dir={run}", f"--data_dir={phantom_dir}")
+        assert done.returncode == 2
+        assert "of a slice with values that are not numbers, for its weights have diverged" in done.stderr
+    assert not list(run.glob("eval/*.tif"))
+
+
+def test_without_validation_the_last_weights_are_taken_and_the_scores_say_so(
+    phantom_dir: Path, tmp_path: Path, main: Main
+) -> None:
+    flags = ("--base_filters=2", "--tile_size=188", "--max_steps=2", "--validation_share=0")
+    done = main("--exec_mode=train_and_evaluate", f"--data_dir={phantom_dir}", f"--model_dir={tmp_path}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "has the newest weights, of step 2; threshold 0.5" in done.stdout
+    assert "5 training slices of 96 x 96, at the threshold 0.5 that no slices chose" in done.stdout
+    assert json.loads((tmp_path / "eval" / "scores-96x96.json").read_text())["held_out"] is False

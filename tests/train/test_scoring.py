@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from train.errors import TrainError
+from train.evaluation import average_over_symmetries, make_predictor
+from train.input.store import Slice
+from train.model.network import build_unet
+from train.scoring import Tally, tally
+from unet.scores import score_stack
+
+Array = npt.NDArray[Any]
+
+
+class Proposals:
+    """A stand-in for the network: a given probability for each slice, told apart by its image."""
+
+    def __init__(self, slices: list[Slice], spread: float = 0.7) -> None:
+        rng = np.random.default_rng(5)
+        self.of = {
+            item.image.tobytes(): np.clip(item.label + rng.uniform(-spread, spread, item.label.shape), 0, 1).astype(
+                np.float32
+            )
+            for item in slices
+        }
+
+    def __call__(self, image: Array) -> Array:
+        return self.of[image.tobytes()]
+
+
+def test_the_sums_are_the_scores_of_the_stack(slices: list[Slice]) -> None:
+    proposals = Proposals(slices)
+    found = tally(proposals, slices)
+    expected = score_stack(np.stack([proposals(item.image) for item in slices]), np.stack([i.label for i in slices]))
+    np.testing.assert_allclose(found.v_rand, expected.v_rand)
+    np.testing.assert_allclose(found.v_info, expected.v_info)
+    assert found.at(0.5)["dice"] == pytest.approx(expected.dice)
+    assert found.at(0.5)["pixel_error"] == pytest.approx(expected.pixel_error)
+    # Ranks add up what each of them scored.
+    parts = Tally(tally(proposals, slices[::2]).sums + tally(proposals, slices[1::2]).sums)
+    np.testing.assert_allclose(parts.sums, found.sums)
+
+
+def test_pixels_that_nobody_annotated_count_nowhere(slices: list[Slice]) -> None:
+    label = slices[0].label.copy()
+    label[40:60] = 255
+    item = dataclasses.replace(slices[0], label=label)
+    proposals = Proposals(slices)
+    sums = tally(proposals, [item]).sums
+    proposals.of[item.image.tobytes()] = proposals(item.image).copy()
+    for value in (0.0, 1.0):
+        proposals(item.image)[40:60] = value
+        np.testing.assert_array_equal(tally(proposals, [item]).sums, sums)
+
+
+def test_the_threshold_is_the_best_of_both_scores_and_the_nearest_to_one_half() -> None:
+    sums = np.zeros((8, 11))
+    sums[0] = 2
+    sums[1:3] = [[1.0] * 11, [0.2, 0.8, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.9]]
+    assert Tally(sums).best_threshold == 0.5
+    sums[1, 8] = 1.5
+    assert Tally(sums).best_threshold == 0.8
+    assert Tally(sums).as_dict(0.3)["v_rand_at_threshold"] == 0.5
+    assert Tally(sums).as_dict(0.3)["best_v_rand"] == 0.75
+    assert Tally(sums).as_dict(0.3)["best_v_info_threshold"] == 1.0
+
+
+def test_without_cells_the_membrane_decides() -> None:
+    label = np.zeros((20, 20), np.uint8)
+    item = Slice("membrane", np.zeros((20, 20), np.uint8), label)
+    found = tally(lambda image: np.full(image.shape, 0.25, np.float32), [item])
+    assert np.isnan(found.v_rand).all()
+    assert found.best_threshold == 0.5
+    assert found.at(0.2)["dice"] == 0
+
+
+def test_a_large_slice_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (300, 260), np.uint8)
+    item = Slice("noise", image, (image > 60).astype(np.uint8))
+    model = build_unet(2, seed=1)
+    predict = make_predictor(model)
+    whole = tally(predict, [item])
+    monkeypatch.setattr("train.scoring._BLOCK_PX", 160)
+    blocks = tally(predict, [item])
+    # Each pixel is predicted from the same surroundings, so what is counted by pixels is the same.
+    np.testing.assert_allclose(blocks.sums[3:], whole.sums[3:], atol=2)
+    assert blocks.sums[0].max() == 4
+
+
+def test_a_network_that_answers_with_no_number_is_refused(slices: list[Slice]) -> None:
+    model = build_unet(2)
+    model.get_layer("logits").bias.assign([float("nan"), 0.0])
+    with pytest.raises(TrainError, match=r"answers 100.0% of a slice with values that are not numbers"):
+        tally(make_predictor(model), slices[:1])
+
+
+def test_the_mean_over_symmetries_turns_every_answer_back() -> None:
+    """A network that returns the image itself, brightened by its own orientation, gives the image back."""
+    image = np.random.default_rng(1).integers(0, 256, (30, 40), np.uint8)
+    same = average_over_symmetries(lambda turned: turned.astype(np.float32))
+    np.testing.assert_allclose(same(image), image, rtol=1e-6)
+    seen = []
+
+    def first_row(turned: Array) -> Array:
+        seen.append(turned.shape)
+        answer = np.zeros(turned.shape, np.float32)
+        answer[0] = 8
+        return answer
+
+    answer = average_over_symmetries(first_row)(image)
+    # Each side is the first row of two of the eight.
+    assert sorted(set(seen)) == [(30, 40), (40, 30)]
+    assert len(seen) == 8
+    for side in (answer[0, 1:-1], answer[-1, 1:-1], answer[1:-1, 0], answer[1:-1, -1]):
+        np.testing.assert_array_equal(side, 2)
+    assert answer[1:-1, 1:-1].max() == 0
+
+
+def test_tiles_of_every_size_give_one_answer(tmp_path: Path) -> None:
+    image = np.random.default_rng(2).integers(0, 256, (90, 120), np.uint8)
+    predict = make_predictor(build_unet(2, seed=4))
+    answer = predict(image)
+    assert answer.shape == image.shape
+    assert answer.dtype == np.float32
+    assert 0 < answer.min() < answer.max() < 1

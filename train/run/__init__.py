@@ -1,0 +1,1 @@
+"""A training run: its folder, its ranks, its checkpoints and its log."""

@@ -1,0 +1,138 @@
+"""The ranks that train together: Horovod's where a launcher started several, one process elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from train.errors import TrainError
+from unet.errors import EXIT_USER_ERROR, UnetError
+from unet.machine import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy.typing as npt
+
+Found = TypeVar("Found")
+
+# By launcher: what it calls a process's number and the number of processes. Hydra (MPICH, Intel MPI) sets PMI's names.
+# Slurm sets its own for a batch script too, which is one process: only its steps count.
+_LAUNCHERS = (
+    ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE"),
+    ("OpenMPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MPICH's Hydra", "PMI_RANK", "PMI_SIZE"),
+    ("PMIx", "PMIX_RANK", "PMIX_SIZE"),
+    ("Slurm's srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """This process among all. ``horovod`` is the module `horovod.tensorflow`, or None for a single process."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    horovod: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes files and lines."""
+        return self.rank == 0
+
+    def sum(self, values: tf.Tensor, name: str) -> tf.Tensor:
+        """The element-wise sum of a tensor over all ranks."""
+        return self.horovod.allreduce(values, op=self.horovod.Sum, name=name) if self.horovod else values
+
+    def gather(self, values: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
+        """The rows of all ranks, rank after rank: float64 [N, ...] of each rank to [ranks x N, ...]."""
+        return np.asarray(self.horovod.allgather(tf.constant(values), name=name)) if self.horovod else values
+
+    def average_gradients(self, tape: tf.GradientTape, *, fp16_compression: bool) -> Any:
+        """A tape whose gradients are averaged over all ranks."""
+        if not self.horovod:
+            return tape
+        compression = self.horovod.Compression.fp16 if fp16_compression else self.horovod.Compression.none
+        return self.horovod.DistributedGradientTape(tape, compression=compression)
+
+    def broadcast(self, variables: list[tf.Variable]) -> None:
+        """Give every rank the first rank's values."""
+        if self.horovod:
+            self.horovod.broadcast_variables(variables, root_rank=0)
+
+    def from_first(self, decide: Callable[[], Found]) -> Found:
+        """What ``decide`` returns on the first rank, which alone calls it: one look at the disk counts for all.
+
+        Raises:
+            UnetError: on the first rank, if ``decide`` raises it.
+            SystemExit: then on the others, which have nothing to add to its sentence.
+        """
+        if not self.horovod:
+            return decide()
+        error: Exception | None = None
+        answer: Found | None = None
+        if self.is_first:
+            try:
+                answer = decide()
+            except (UnetError, OSError) as caught:
+                error = caught
+        done, answer = self.horovod.broadcast_object((error is None, answer), root_rank=0)
+        if error is not None:
+            raise error
+        if not done:
+            raise SystemExit(EXIT_USER_ERROR)
+        return answer  # type: ignore[return-value]
+
+
+def join_cluster() -> Cluster:
+    """Join the ranks that a launcher started, pin this rank's GPU, and share out the CPU's cores.
+
+    Raises:
+        TrainError: if this is one of several ranks but Horovod is not installed, or does not find the others.
+    """
+    launcher, size = launched(os.environ)
+    cluster = _join_horovod(launcher, size) if launcher else Cluster()
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        local_rank = cluster.horovod.local_rank() if cluster.horovod else 0
+        tf.config.set_visible_devices(gpus[local_rank], "GPU")
+        tf.config.experimental.set_memory_growth(gpus[local_rank], True)
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, usable_cores() // cluster.local_size))
+    tf.config.threading.set_inter_op_parallelism_threads(2)
+    return cluster
+
+
+def launched(environment: Mapping[str, str]) -> tuple[str, int]:
+    """The launcher that started this process, "" for none, and how many processes it says that it started."""
+    for launcher, rank, size in _LAUNCHERS:
+        if rank in environment and (launcher == "horovodrun" or environment.get(size, "").isdigit()):
+            return launcher, int(environment.get(size, "1"))
+    return "", 1
+
+
+def _join_horovod(launcher: str, started: int) -> Cluster:
+    try:
+        import horovod.tensorflow as hvd
+    except ImportError as error:
+        raise TrainError(
+            f"this is one of several ranks but Horovod cannot be loaded ({error}): run `make install`, which builds it"
+        ) from error
+    # Gloo's own 30 s are less than the first rank may take to write a checkpoint or to compile the network.
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "600")
+    hvd.init()
+    if hvd.size() != started:
+        found = "only itself" if hvd.size() == 1 else f"{hvd.size()} ranks"
+        built = "" if hvd.mpi_built() else ", which is built without MPI,"
+        raise TrainError(
+            f"{launcher} started {started} processes, but Horovod{built} finds {found}: each would train alone and "
+            f"write into the same folder; start them with `horovodrun -np {started} --gloo python train/main.py "
+            f"{' '.join(sys.argv[1:])}`"
+        )
+    return Cluster(rank=hvd.rank(), size=hvd.size(), local_size=hvd.local_size(), horovod=hvd)

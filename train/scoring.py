@@ -1,0 +1,156 @@
+"""Scores of the network on labelled slices, summed slice by slice, so that ranks can share them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from unet.geometry import GRID, HALO
+from unet.scores import THRESHOLDS, v_rand_v_info
+from unet.volume import NOT_ANNOTATED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from train.evaluation import Predictor
+    from train.input.store import Slice
+
+Floats = npt.NDArray[np.float64]
+
+# A larger slice is scored in blocks: its segments and its probability would need gigabytes.
+_BLOCK_PX = 4096
+# Around a block, a multiple of the pooling grid that covers the halo.
+_AROUND_PX = -(-HALO // GRID) * GRID
+# The columns of a tally; all but the first are one value for each threshold.
+_SCORED, _V_RAND, _V_INFO, _BOTH, _PROPOSED, _TRUE, _WRONG, _ANNOTATED = range(8)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over slices at each threshold; the sum of two tallies is the tally of all their slices.
+
+    Attributes:
+        sums: float64 [8, thresholds]: slices (or blocks) with cells, their V_rand and V_info, then pixels: membrane in
+            both, in the proposal and in the label, on the wrong side, and annotated.
+        thresholds: where the proposals were cut.
+    """
+
+    sums: Floats
+    thresholds: tuple[float, ...] = THRESHOLDS
+
+    @property
+    def v_rand(self) -> Floats:
+        """V_rand thin at each threshold, the mean over slices; NaN if no slice has cells."""
+        return self._mean(_V_RAND)
+
+    @property
+    def v_info(self) -> Floats:
+        """V_info thin at each threshold, the mean over slices; NaN if no slice has cells."""
+        return self._mean(_V_INFO)
+
+    @property
+    def dice(self) -> Floats:
+        """The Dice coefficient of the membrane at each threshold; 1 where neither has any."""
+        size = self.sums[_PROPOSED] + self.sums[_TRUE]
+        return np.where(size > 0, 2 * self.sums[_BOTH] / np.maximum(size, 1), 1.0)
+
+    @property
+    def pixel_error(self) -> Floats:
+        """The share of annotated pixels on the wrong side of each threshold."""
+        return np.asarray(self.sums[_WRONG] / np.maximum(self.sums[_ANNOTATED], 1))
+
+    def _mean(self, row: int) -> Floats:
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.sums[row] / self.sums[_SCORED])
+
+    @property
+    def best_threshold(self) -> float:
+        """The threshold between 0 and 1 with the largest V_rand + V_info, and of several the nearest to one half."""
+        inner = [cut for cut in range(len(self.thresholds)) if 0 < self.thresholds[cut] < 1]
+        total = self.v_rand + self.v_info
+        if not np.isfinite(total[inner]).all():  # no cells to tell apart: what the membrane's Dice says
+            total = self.dice
+        most = max(total[cut] for cut in inner)
+        best = [self.thresholds[cut] for cut in inner if total[cut] >= most - 1e-9]
+        return min(best, key=lambda threshold: abs(threshold - 0.5))
+
+    def at(self, threshold: float) -> dict[str, float]:
+        """The scores at one of the thresholds, by name."""
+        cut = self.thresholds.index(threshold)
+        names = ("v_rand", "v_info", "dice", "pixel_error")
+        return {name: float(getattr(self, name)[cut]) for name in names}
+
+    def as_dict(self, threshold: float) -> dict[str, Any]:
+        """Everything, for JSON: the scores at ``threshold``, and the challenge's own, each at its best threshold."""
+        at = self.at(threshold)
+        record: dict[str, Any] = {
+            "threshold": threshold,
+            "v_rand_at_threshold": at["v_rand"],
+            "v_info_at_threshold": at["v_info"],
+            "dice": at["dice"],
+            "pixel_error": at["pixel_error"],
+        }
+        for name in ("v_rand", "v_info"):
+            values = getattr(self, name)
+            record[f"best_{name}"] = float(values.max())
+            record[f"best_{name}_threshold"] = self.thresholds[int(values.argmax())]
+            record[name] = [float(value) for value in values]
+        return {**record, "thresholds": list(self.thresholds)}
+
+
+def tally(predict: Predictor, slices: Iterable[Slice], thresholds: Sequence[float] = THRESHOLDS) -> Tally:
+    """Score the network on slices, one after another; pixels that are not annotated count nowhere.
+
+    Raises:
+        TrainError: if the network's answer is not a number.
+    """
+    sums = np.zeros((8, len(thresholds)))
+    for item in slices:
+        for image, label, inner in _blocks(item):
+            sums += _score(predict(image)[inner], label, thresholds)
+        item.release()
+    return Tally(sums, tuple(float(cut) for cut in thresholds))
+
+
+def _blocks(item: Slice) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], tuple[slice, slice]]]:
+    """What to predict, the label to compare with, and where that lies in the prediction."""
+    height, width = item.label.shape
+    for row in range(0, height, _BLOCK_PX):
+        for col in range(0, width, _BLOCK_PX):
+            top, left = max(0, row - _AROUND_PX), max(0, col - _AROUND_PX)
+            label = np.asarray(item.label[row : row + _BLOCK_PX, col : col + _BLOCK_PX])
+            if (label == NOT_ANNOTATED).all():
+                continue
+            image = item.image[top : row + _BLOCK_PX + _AROUND_PX, left : col + _BLOCK_PX + _AROUND_PX]
+            rows, cols = slice(row - top, row - top + len(label)), slice(col - left, col - left + label.shape[1])
+            yield np.ascontiguousarray(image), label, (rows, cols)
+
+
+def _score(probability: npt.NDArray[np.float32], label: npt.NDArray[np.uint8], thresholds: Sequence[float]) -> Floats:
+    annotated = label != NOT_ANNOTATED
+    membrane, cells = label == 0, (label != 0) & annotated
+    sums = np.zeros((8, len(thresholds)))
+    found: dict[bytes, tuple[float, float]] = {}
+    for cut, threshold in enumerate(thresholds):
+        # What nobody annotated separates: whatever the network says there joins no segments.
+        mask = (probability > threshold) & annotated
+        proposed = annotated & ~mask
+        sums[_BOTH:, cut] = (
+            np.count_nonzero(proposed & membrane),
+            np.count_nonzero(proposed),
+            np.count_nonzero(membrane),
+            np.count_nonzero(mask != cells),
+            np.count_nonzero(annotated),
+        )
+        if not cells.any():
+            continue
+        # A sure network gives the same proposal at many thresholds.
+        key = np.packbits(mask).tobytes()
+        if key not in found:
+            found[key] = v_rand_v_info(mask, cells)
+        sums[_SCORED, cut] = 1
+        sums[_V_RAND : _V_INFO + 1, cut] = found[key]
+    return sums
