@@ -64,7 +64,7 @@ def pixels_sha256(path: Path) -> str:
 def download(folder: Path, mirrors: Sequence[str] = MIRRORS, expected: Mapping[str, str] = PIXELS_SHA256) -> list[Path]:
     """Fetch the stacks that ``folder`` does not hold yet; each appears whole and checked, or not at all.
 
-    What has arrived of the archive is kept when it breaks off, and the next call goes on from there.
+    What has arrived of the archive is kept when it breaks off, and the next call resumes there.
 
     Args:
         folder: where the stacks go, and meanwhile the archive.
@@ -96,7 +96,7 @@ def download(folder: Path, mirrors: Sequence[str] = MIRRORS, expected: Mapping[s
         part.unlink()
         return fetched
     raise TrainError(
-        f"the slices could not be fetched ({'; '.join(reasons)}): try again later, it goes on from what "
+        f"the slices could not be fetched ({'; '.join(reasons)}): try again later, it resumes from what "
         f"has arrived, or put {', '.join(missing)} into {folder} yourself"
     )
 

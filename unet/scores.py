@@ -178,7 +178,8 @@ def _score_slice(task: tuple[npt.NDArray[Any], npt.NDArray[Any], tuple[float, ..
     found: dict[bytes, tuple[float, float]] = {}
     scores = []
     for threshold in thresholds:
-        mask = probability > threshold
+        # What nobody annotated separates in the proposal as it does in the label.
+        mask = (probability > threshold) & (label != NOT_ANNOTATED)
         # A mask or a sure network gives the same proposal at many thresholds.
         key = np.packbits(mask).tobytes()
         if key not in found:

@@ -13,11 +13,11 @@ import tensorflow as tf
 from train.model.dropout import WindowDropout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 LEVELS = 5
 CLASSES = 2
-# How the names of the expanding path's layers begin.
+# The names of the expanding path's layers start with these.
 DECODER = ("up", "logits")
 
 
@@ -79,23 +79,10 @@ def build_unet(
     seeds = iter(range(seed * 1000, seed * 1000 + 1000))
     window = tf.Variable(0, trainable=False, dtype=tf.int64) if first_window is None else first_window
     policy = tf.keras.mixed_precision.Policy(precision)
-
-    def convolve(tensor: Any, filters: int, name: str) -> Any:
-        for index in (1, 2):
-            tensor = tf.keras.layers.Conv2D(
-                filters,
-                3,
-                activation="relu",
-                kernel_initializer=tf.keras.initializers.HeNormal(next(seeds)),
-                dtype=policy,
-                name=f"{name}_conv{index}",
-            )(tensor)
-        return tensor
-
     image = tf.keras.Input((None, None, 1), name="image", dtype=tf.float32)
     tensor, skips = image, []
     for level in range(LEVELS):
-        tensor = convolve(tensor, base_filters << level, f"down{level}")
+        tensor = _convolve(tensor, base_filters << level, f"down{level}", seeds, policy)
         if level >= LEVELS - 2:
             tensor = WindowDropout(dropout, next(seeds), window, dtype=policy, name=f"dropout{level}")(tensor)
         if level < LEVELS - 1:
@@ -105,11 +92,25 @@ def build_unet(
         tensor = UpConvolution(base_filters << level, next(seeds), dtype=policy, name=f"up{level}_upconv")(tensor)
         skip = tf.keras.layers.Cropping2D(_skip_crop(level), dtype=policy, name=f"up{level}_crop")(skips[level])
         tensor = tf.keras.layers.Concatenate(dtype=policy, name=f"up{level}_concat")([skip, tensor])
-        tensor = convolve(tensor, base_filters << level, f"up{level}")
+        tensor = _convolve(tensor, base_filters << level, f"up{level}", seeds, policy)
     head = _linear_initialiser(next(seeds))
     # The head computes in float32: the loss is taken from its logits.
     tensor = tf.keras.layers.Conv2D(CLASSES, 1, kernel_initializer=head, dtype=tf.float32, name="logits")(tensor)
     return tf.keras.Model(image, tensor, name="unet")
+
+
+def _convolve(tensor: Any, filters: int, name: str, seeds: Iterator[int], policy: Any) -> Any:
+    """Two valid 3x3 convolutions with ReLU."""
+    for index in (1, 2):
+        tensor = tf.keras.layers.Conv2D(
+            filters,
+            3,
+            activation="relu",
+            kernel_initializer=tf.keras.initializers.HeNormal(next(seeds)),
+            dtype=policy,
+            name=f"{name}_conv{index}",
+        )(tensor)
+    return tensor
 
 
 def _linear_initialiser(seed: int | None = None) -> tf.keras.initializers.Initializer:
@@ -120,8 +121,8 @@ def _linear_initialiser(seed: int | None = None) -> tf.keras.initializers.Initia
 def _skip_crop(level: int) -> int:
     """Pixels to crop from each side of a level's skip, derived from the sizes of the valid convolutions.
 
-    Below a skip, each level takes 4 pixels going down and, but for the deepest, 4 going up; seen at ``level``,
-    those of the level k below count 2**k times. Half of the sum is cropped from each side.
+    Below a skip, each level takes 4 pixels on the way down and, except the deepest, 4 on the way up. Seen at ``level``,
+    the pixels of the level k below count 2**k times. Half of the sum is cropped from each side.
     """
     depth = LEVELS - 1 - level
     lost = sum((4 << k) * (1 if k == depth else 2) for k in range(1, depth + 1))

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import tifffile
 
 
-def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, project_root: Path, *more: str) -> None:
-    """Four steps with everything that is random switched on."""
+def train_on(
+    ranks: int, batch_size: int, phantom_dir: Path, result: Path, project_root: Path, *more: str, steps: int = 4
+) -> None:
+    """Some steps with everything that is random switched on."""
     python = [sys.executable, str(project_root / "train" / "main.py")]
     launcher = [str(Path(sys.executable).parent / "horovodrun"), "-np", str(ranks), "--gloo"] if ranks > 1 else []
     flags = {
@@ -20,7 +23,7 @@ def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, proje
         "data_dir": phantom_dir,
         "model_dir": result,
         "batch_size": batch_size,
-        "max_steps": 4,
+        "max_steps": steps,
         "base_filters": 2,
         "tile_size": 204,
         "optimizer": "momentum",
@@ -33,21 +36,35 @@ def train_on(ranks: int, batch_size: int, phantom_dir: Path, result: Path, proje
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{ranks} ranks x {batch_size} windows" in done.stdout
     # Only the first rank speaks.
-    assert done.stdout.count("step 4 of 4") == 1
+    assert done.stdout.count(f"step {steps} of {steps}:") == 1
 
 
 def test_two_ranks_equal_one_process_with_the_same_global_batch(
     phantom_dir: Path, tmp_path: Path, project_root: Path
 ) -> None:
+    """Also where pixels are not annotated, and where the two ranks were interrupted and resumed."""
     import tensorflow as tf
 
-    weights = []
+    data = tmp_path / "data"
+    data.mkdir()
+    labels = tifffile.imread(phantom_dir / "train-labels.tif")
+    labels[:, :30] = 7
+    tifffile.imwrite(data / "train-labels.tif", labels, photometric="minisblack")
+    (data / "train-volume.tif").symlink_to(phantom_dir / "train-volume.tif")
+    weights, scores = [], []
     for ranks in (1, 2):
         result = tmp_path / f"{ranks}-ranks"
-        train_on(ranks, 2 // ranks, phantom_dir, result, project_root)
-        weights.append([v.numpy() for v in tf.saved_model.load(str(result / "saved_model")).model.variables])
-    start = tf.saved_model.load(str(tmp_path / "1-ranks" / "saved_model"))
-    assert len(start.model.variables) == len(weights[0]) == 46
+        for steps in (4,) if ranks == 1 else (2, 4):
+            resume = ["--resume"] if steps == 4 else []
+            flags = ["--ignore_label=7", "--validation_share=0.4", *resume]
+            train_on(ranks, 2 // ranks, data, result, project_root, *flags, steps=steps)
+        loaded = tf.train.load_checkpoint(str(result / "checkpoints" / "step-00000004" / "state"))
+        names = [name for name in loaded.get_variable_to_shape_map() if name.startswith("model/layer")]
+        weights.append([loaded.get_tensor(name) for name in sorted(names)])
+        record = json.loads((result / "log.json").read_text().splitlines()[-2].removeprefix("DLLL "))["data"]
+        scores.append([record[name] for name in ("v_rand", "v_info", "dice", "threshold")])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert len(weights[0]) == 46
     for one, two in zip(*weights):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
 
