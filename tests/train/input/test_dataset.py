@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.ndimage
+import tifffile
 
 from train.config import TrainConfig
 from train.errors import TrainError
@@ -182,6 +183,6 @@ def test_ranks_share_the_stream_without_overlap(slices: list[Slice]) -> None:
 def test_missing_data_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no training stack in"):
         find_pairs(tmp_path)
-    (tmp_path / "train-volume.tif").touch()
+    tifffile.imwrite(tmp_path / "train-volume.tif", np.zeros((2, 4, 4), np.uint8), photometric="minisblack")
     with pytest.raises(TrainError, match=r"train-labels\.tif does not exist"):
         find_pairs(tmp_path)
