@@ -91,9 +91,7 @@ def test_everything_is_checked_before_the_first_step(phantom_dir: Path, tmp_path
         (data / name).symlink_to(phantom_dir / name)
     done = main(f"--data_dir={data}", f"--model_dir={tmp_path / 'run'}", "--base_filters=2", "--tile_size=188")
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        f"error: {data / 'test-volume.tif'} does not exist, and this mode segments it"
-    )
+    assert done.stderr.startswith(f"error: {data / 'test-volume.tif'} does not exist, and this mode segments it")
     assert not (tmp_path / "run").exists()
 
 
