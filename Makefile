@@ -105,6 +105,7 @@ peers-install: .venv-peers/.installed  ## PyTorch for `make peers`, in an enviro
 
 .PHONY: v100-report
 v100-report: install  ## on a machine with a V100: build the plan, prove it, measure it (REPORT_FLAGS=)
+	@$(INSTALL) --editable '.[gpu]'
 	@$(BIN)/python export/gpu_report.py --target v100 $(REPORT_FLAGS)
 
 ##@ Containers
@@ -157,7 +158,7 @@ docs: install  ## the documentation as a site, in site/
 constraints: install  ## resolve constraints.txt and constraints.lock anew, for every supported Python
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --python $(BIN)/python \
 	--index-strategy unsafe-best-match --no-annotate --custom-compile-command "make constraints" \
-	$(foreach extra,train export serve zarr hdf5 mrc dask int8 rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.lock
+	$(foreach extra,train export serve zarr hdf5 mrc dask int8 gpu rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.lock
 	@sed -e '/^    --hash/d' -e 's/ \\$$//' constraints.lock > constraints.txt
 
 .PHONY: install-rtx

@@ -20,7 +20,7 @@ from export.record.provenance import versions
 from unet.card import Card, CardError
 from unet.card.records import Proof
 from unet.engine.cpu import load_engine
-from unet.files import sha256_of
+from unet.files import sha256_of, write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = ("--tile_sizes", "204", "220")
@@ -253,3 +253,42 @@ def test_an_export_whose_reader_went_away_writes_everything(model_dir: Path, dat
         process.stdout.close()
     assert process.returncode == 0
     assert Card.load(out).verify_engine().is_file()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory, random_saved_model: Any) -> tuple[Path, Path]:
+    """A training run whose held-out slices have labels, and the folder of the stack."""
+    pytest.importorskip("nncf", reason="NNCF is not installed")
+    import tifffile
+
+    from unet.phantom import synthetic_stack
+
+    folder = tmp_path_factory.mktemp("labelled")
+    images, labels = synthetic_stack(slices=4, size=96, seed=3)
+    tifffile.imwrite(folder / "train-volume.tif", images, photometric="minisblack")
+    tifffile.imwrite(folder / "train-labels.tif", labels * np.uint8(255), photometric="minisblack")
+    random_saved_model(folder / "result" / "saved_model", 4)
+    write_json(folder / "result" / "config.json", {"held_out": {"train-volume.tif": [1, 3]}})
+    return folder / "result", folder
+
+
+@pytest.mark.parametrize(("flags", "considered"), [((), True), (("--no_int8",), False)], ids=["default", "off"])
+def test_8_bits_are_considered_without_a_flag_where_labels_can_judge_them(
+    labelled: tuple[Path, Path], tmp_path: Path, flags: tuple[str, ...], considered: bool
+) -> None:
+    model, data = labelled
+    assert export(model, tmp_path / "out", "--data_dir", data, *flags) == 0
+    card = Card.load(tmp_path / "out")
+    assert ("openvino int8" in card.model["engines_img_per_s"]) == considered
+    taken = card.engine.precision == "int8"
+    # The file is there, and proven, only if it is what serves.
+    assert taken == ("int8" in card.artefacts) == (tmp_path / "out" / "model.int8.zip").exists()
+    assert card.fallback is not None
+    assert card.fallback.precision == "f32"
+    assert card.engine.proof is not None
+    assert card.engine.proof.scores is not None
+    assert card.engine.img_per_s >= card.fallback.img_per_s
+
+
+def test_without_labels_8_bits_are_not_considered(artefacts: Path) -> None:
+    assert "openvino int8" not in Card.load(artefacts).model["engines_img_per_s"]

@@ -14,7 +14,7 @@ from export.plan.build import build_into
 from unet.card import Card
 from unet.engine.device import gpu
 from unet.engine.plan import PlanRunner, benchmark
-from unet.engine.targets import target_of
+from unet.engine.targets import TENSORRT, target_of
 
 
 @pytest.mark.skipif(find_spec("pycuda") is not None, reason="pycuda is installed")
@@ -38,3 +38,15 @@ def test_a_plan_is_built_proven_and_run(artefacts: Path, data_dir: Path) -> None
     with PlanRunner.load(artefacts) as runner:
         rows = benchmark(runner, 0.2)
     assert np.all([row["img_per_s"] > 0 for row in rows])
+
+
+def test_the_report_installs_tensorrt_and_pycuda_of_fixed_versions(project_root: Path) -> None:
+    done = subprocess.run(["make", "-n", "v100-report"], cwd=project_root, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    (installs,) = (number for number, line in enumerate(lines) if "'.[gpu]'" in line)
+    (reports,) = (number for number, line in enumerate(lines) if "export/gpu_report.py" in line)
+    assert installs < reports
+    fixed = (project_root / "constraints.txt").read_text(encoding="utf-8")
+    for package in ("tensorrt", "tensorrt-cu12", "pycuda", "cuda-python"):
+        assert f"\n{package}==" in fixed
+    assert f"\ntensorrt=={TENSORRT}" in fixed

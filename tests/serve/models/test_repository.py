@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from serve.models.config import ModelSettings, RepositoryError, model_config
 from serve.models.publish import publish
 from serve.repository import main
 from unet.card import Card, CardError
+from unet.card.records import Engine, Proof
 from unet.errors import UnetError
 from unet.files import sha256_of
 from unet.machine import numa_nodes
@@ -205,3 +207,27 @@ def test_help_comes_at_once_from_any_folder(script: str, project_root: Path, tmp
 
     # The best of three: the machine may be busy.
     assert min(spend() for _ in range(3)) < 1.0
+
+
+def test_a_version_carries_the_engine_to_fall_back_on(tiny_artefacts: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_artefacts, tmp_path / "artefacts"))
+    (folder / "model.onnx").write_bytes((folder / "model.fp16.onnx").read_bytes())
+    card = Card.load(folder)
+    card.record("onnx", folder / "model.onnx", None, "tests")
+    proof = Proof(sha256_of(folder / "model.onnx"), "cpu")
+    card.fallback = Engine("onnxruntime", "f32", "model.onnx", 1.0, proof)
+    card.save()
+    published = publish(folder, tmp_path / "models", ModelSettings()).path
+    found = Card.load(published)
+    assert found.fallback is not None
+    assert found.verify_engine(found.fallback) == published / "model.onnx"
+
+
+def test_an_engine_without_proof_is_not_published(tiny_artefacts: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_artefacts, tmp_path / "artefacts"))
+    card = Card.load(folder)
+    card.engine = dataclasses.replace(card.engine, proof=None)
+    card.save()
+    with pytest.raises(CardError, match=r"model\.fp16\.onnx has no proof that it computes the network"):
+        publish(folder, tmp_path / "models", ModelSettings())
+    assert not list(tmp_path.glob("models/unet/*"))
