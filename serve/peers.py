@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.measure.common import MeasureError, own_or_demo, plain
-from serve.measure.peers.comparison import OURS, compare
+from serve.measure.peers.comparison import OURS, comparisons_of, run
 from serve.measure.peers.settings import PeersSettings
 from serve.measure.peers.table import bars, convolution_gflop, report
 from unet.card import Card
@@ -43,23 +43,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.check:
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        comparisons = compare(settings, Path(folder))
+        comparisons = comparisons_of(settings, Path(folder))
+        try:
+            run(settings, comparisons)
+        finally:
+            if any(subject.img_per_s for subject in comparisons[0].subjects.values()):
+                _write(settings, comparisons, card)
+    failed = comparisons[0].subjects[OURS].failure or comparisons[0].unchecked
+    if failed:
+        raise MeasureError(f"this project's own engine could not be measured and compared: {failed}")
+    return 0
+
+
+def _write(settings: PeersSettings, comparisons: Sequence[Comparison], card: Card) -> None:
+    """Print and write everything that was measured."""
+    for one in comparisons:
+        one.finish()
     gflop = convolution_gflop(settings.artefacts / "model.onnx", settings.tile_size)
     engine = f"{card.engine.kind} {card.engine.precision}"
     heading = f"{engine}, tiles of {settings.tile_size}, {settings.rounds} rounds, {machine()}"
     text = "\n\n".join([heading, *(report(one, gflop) for one in comparisons)])
-    _write(settings, comparisons, gflop, card, text)
-    say(f"{text}\n\nall figures: {settings.out}")
-    failed = comparisons[0].subjects[OURS].failure
-    if failed:
-        raise MeasureError(f"this project's own engine could not be measured: {failed}")
-    return 0
-
-
-def _write(settings: PeersSettings, comparisons: Sequence[Comparison], gflop: float, card: Card, text: str) -> None:
     values: dict[str, Any] = {
         "settings": plain(asdict(settings)),
-        "engine": f"{card.engine.kind} {card.engine.precision}",
+        "engine": engine,
         "machine": asdict(machine()),
         "gflop_per_tile": gflop,
     }
@@ -73,6 +79,7 @@ def _write(settings: PeersSettings, comparisons: Sequence[Comparison], gflop: fl
     write_json(settings.out / "peers.json", values)
     with atomic_file(settings.out / "peers.md") as aside:
         aside.write_text(text + "\n", encoding="utf-8")
+    say(f"{text}\n\nall figures: {settings.out}")
 
 
 if __name__ == "__main__":

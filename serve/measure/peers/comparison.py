@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OURS, REFERENCE = "engine", "tensorflow"
-# A subject that computes another function is no peer. bf16 keeps 8 bits of each product's operands.
+# A subject that computes something else is not compared. bf16 keeps 8 bits of each product's operands.
 LARGEST_MEAN_DIFFERENCE = 0.02
 # ONNX Runtime's own kernels look at the processor alone.
 NOT_HELD = {"onnxruntime": "no setting holds it to fewer instructions than the processor has"}
@@ -33,7 +33,7 @@ NOT_HELD = {"onnxruntime": "no setting holds it to fewer instructions than the p
 
 @dataclass
 class Subject:
-    """What one subject came to.
+    """The results of one subject.
 
     Attributes:
         img_per_s: by batch size, one value for each round.
@@ -61,6 +61,7 @@ class Comparison:
         subjects: by name.
         peaks: of the matrix product, GFLOP/s by number format, one value for each round.
         not_measured: why a matrix product has no figure, by number format.
+        unchecked: why the subjects' answers were not compared with TensorFlow's; empty if they were.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Comparison:
     subjects: dict[str, Subject] = field(default_factory=dict)
     peaks: dict[str, list[float]] = field(default_factory=dict)
     not_measured: dict[str, str] = field(default_factory=dict)
+    unchecked: str = ""
 
     def __post_init__(self) -> None:
         self.subjects = {name: Subject(name) for name in self.pythons if not name.startswith(GEMM)}
@@ -120,15 +122,15 @@ class Comparison:
             *(self.pythons[name], name, self.folder, seconds, sizes), limit_s=limit_s, environment=held_to(self.isa)
         )
 
-    def compare_answers(self) -> None:
-        """Take its figures from every subject whose answer is not TensorFlow's.
-
-        Raises:
-            MeasureError: TensorFlow itself gave no answer.
-        """
+    def finish(self) -> None:
+        """Take the figures from every subject that was not measured in all batches, or whose answer is another."""
+        for subject in self.subjects.values():
+            if not subject.failure and set(subject.img_per_s) != set(self.settings.batch_sizes):
+                subject.failure = "the run ended before it was measured"
         answers = {path.stem: np.load(path) for path in (self.folder / "answers").glob("*.npy")}
         if REFERENCE not in answers:
-            raise MeasureError(f"TensorFlow gave no answer to compare with: {self.subjects[REFERENCE].failure}")
+            self.unchecked = f"TensorFlow gave no answer to compare with: {self.subjects[REFERENCE].failure}"
+            return
         for subject in self.subjects.values():
             if not subject.failure:
                 pairs = zip(answers[subject.name], answers[REFERENCE])
@@ -142,36 +144,39 @@ class Comparison:
         return ratios(ours, theirs)
 
 
-def compare(settings: PeersSettings, folder: Path) -> list[Comparison]:
-    """Measure every subject once in each round, and where asked once more held to fewer instructions.
+def comparisons_of(settings: PeersSettings, folder: Path) -> list[Comparison]:
+    """What is to be measured: with the processor's own instructions, and where asked held to fewer.
 
     Args:
         settings: what is compared.
         folder: an empty folder for what the workers read and write.
-
-    Returns:
-        With the processor's own instructions, and then held to fewer.
-
-    Raises:
-        MeasureError: something that all need fails.
     """
     with_torch = settings.python.exists()
     names = [*dict.fromkeys([OURS, REFERENCE, *settings.subjects]), *(GEMM + one for one in NEEDS)]
     pythons = {name: str(settings.python) if name.startswith(("pytorch", GEMM)) else sys.executable for name in names}
     if not with_torch:
         pythons = {name: python for name, python in pythons.items() if python == sys.executable}
-    comparisons = []
-    for isa in dict.fromkeys(["", settings.isa]):
-        part = folder / (isa or "own")
-        part.mkdir()
-        comparisons.append(Comparison(part, pythons, settings, isa))
-    subjects = {f"{name} {one.isa}".strip(): partial(one.measure, name) for name in pythons for one in comparisons}
+    return [Comparison(folder / (isa or "own"), pythons, settings, isa) for isa in dict.fromkeys(["", settings.isa])]
+
+
+def run(settings: PeersSettings, comparisons: Sequence[Comparison]) -> None:
+    """Measure every subject once in each round; whatever ends it, the comparisons keep what was measured.
+
+    Raises:
+        MeasureError: something that all need fails.
+    """
+    subjects = {
+        f"{name} {one.isa}".strip(): partial(one.measure, name)
+        for name in comparisons[0].pythons
+        for one in comparisons
+    }
     with Progress(1 + settings.rounds * len(subjects), each=True) as progress:
-        if not with_torch:
+        if not settings.python.exists():
             progress.note(f"{settings.python} does not exist: PyTorch and the matrix product are left out")
         with progress.step("tiles and weights"):
             tiles = tiles_of(settings.data, max(settings.batch_sizes), settings.tile_size)
             for comparison in comparisons:
+                comparison.folder.mkdir()
                 prepare(comparison.folder, settings, tiles)
 
         def step(name: str) -> None:
@@ -179,6 +184,3 @@ def compare(settings: PeersSettings, folder: Path) -> list[Comparison]:
                 subjects[name]()
 
         interleave({name: partial(step, name) for name in subjects}, settings.rounds)
-    for comparison in comparisons:
-        comparison.compare_answers()
-    return comparisons

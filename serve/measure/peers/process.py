@@ -71,7 +71,10 @@ def call_worker(
         raise MeasureError(f"it was killed by signal {-process.returncode}")
     if process.returncode != 0 or not said:
         raise MeasureError(said[-1] if said else f"it ended with exit code {process.returncode}")
-    found: dict[str, Any] = json.loads(said[-1])
+    try:
+        found: dict[str, Any] = json.loads(said[-1])
+    except ValueError:
+        raise MeasureError(f"it ended with these words instead of figures: {said[-1]}") from None
     return found
 
 

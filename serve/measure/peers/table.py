@@ -184,5 +184,6 @@ def report(comparison: Comparison, gflop: float) -> str:
     if peaks:
         products = ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items())
         parts.append(f"{gflop:.1f} GFLOP a tile; matrix product, GFLOP/s (int8: GOP/s): {products}.")
+    parts += [comparison.unchecked] if comparison.unchecked else []
     parts += [f"matrix product in {name}: {NOT_MEASURED}: {why}" for name, why in comparison.not_measured.items()]
     return "\n\n".join(parts)

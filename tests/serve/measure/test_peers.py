@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,22 @@ from unet.machine import instruction_sets
 
 def test_every_subject_has_a_label() -> None:
     assert list(LABELS) == list(SUBJECTS)
+
+
+def one_convolution() -> onnx.ModelProto:
+    """uint8 [N, 1, H, W] through one convolution of 3 x 3."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["float", "a"], ["z"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "a convolution",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 1, "H", "W"])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", 2, "h", "w"])],
+        [numpy_helper.from_array(np.zeros((2, 1, 3, 3), np.float32), "a")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
 
 
 def test_arithmetic_is_counted_from_the_graph(tmp_path: Path) -> None:
@@ -105,7 +122,7 @@ def test_a_subject_that_computes_something_else_is_no_peer(tmp_path: Path) -> No
     (tmp_path / "answers").mkdir()
     for name, value in (("engine", 0.5), ("tensorflow", 0.9)):
         np.save(tmp_path / "answers" / f"{name}.npy", np.full((1, 1, 4, 4), value, np.float32))
-    made.compare_answers()
+    made.finish()
     assert "differs from TensorFlow's by 0.4" in made.subjects["engine"].failure
     assert "not measured" in table(made).splitlines()[2]
 
@@ -156,6 +173,41 @@ def test_make_peers_looks_before_it_installs(project_root: Path) -> None:
     line = ["make", "--dry-run", "-f", str(project_root / "Makefile"), "peers"]
     said = subprocess.run(line, cwd=project_root, capture_output=True, text=True, check=True).stdout
     assert 0 < said.index("--check") < said.index("peers-install")
+
+
+def test_what_was_measured_before_the_end_is_kept() -> None:
+    """The second batch size of one subject, all of another, and TensorFlow's answer are missing."""
+    made = comparison({"engine": [4.0, 5.0], "tensorflow": [2.0], "openvino": []})
+    del made.subjects["openvino"].img_per_s[1]
+    made.subjects["engine"].precision = "f32"
+    made.finish()
+    assert made.subjects["openvino"].failure == "the run ended before it was measured"
+    assert made.unchecked.startswith("TensorFlow gave no answer to compare with")
+    text = report(made, 1.0)
+    # Of the rounds that both have.
+    assert ["TensorFlow SavedModel, float32", "2.00", "2.00 (2.00 to 2.00)", "0.0e+00"] in map(words, text.splitlines())
+    assert made.unchecked in text
+
+
+def test_a_run_that_ends_early_writes_what_it_has(
+    tiny_artefacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C comes after the first subject; the other pieces of the command are the real ones."""
+    (tmp_path / "saved_model").mkdir()
+    shutil.copytree(tiny_artefacts, tmp_path, dirs_exist_ok=True)
+    onnx.save(one_convolution(), str(tmp_path / "model.onnx"))
+
+    def ended(settings: PeersSettings, comparisons: list[Comparison]) -> None:
+        comparisons[0].subjects["engine"].img_per_s = {1: [3.5]}
+        comparisons[0].folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("serve.peers.run", ended)
+    line = ["--model_dir", tmp_path, "--artefacts", tmp_path, "--out", tmp_path / "out", "--batch_sizes", 1]
+    assert main([*map(str, line), "--tile_size", "204"]) == 130
+    found = json.loads((tmp_path / "out" / "peers.json").read_text())
+    assert found["own_instructions"]["subjects"]["engine"]["img_per_s"] == {"1": [3.5]}
+    assert "3.50" in capsys.readouterr().out
 
 
 @pytest.mark.slow
