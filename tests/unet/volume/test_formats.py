@@ -465,3 +465,31 @@ def test_stacks_and_their_labels_are_found_in_every_format(tmp_path: Path) -> No
     labels = [labels_of(path) for path in found]
     assert labels == [tmp_path / "a-labels.tif", tmp_path / "b-labels.zarr", tmp_path / "c.hdf", None]
     assert stacks_in(tmp_path / "nowhere") == []
+
+
+# A row of the table in docs/formats.md, by its first words, and its case here.
+ROWS = {
+    "TIFF: plain": "tiff",
+    "OME-Zarr 0.4": "ngff_04",
+    "OME-Zarr 0.5": "ngff_05_sharded",
+    "Zarr arrays": "plain_zarr",
+    "HDF5 of CREMI": "cremi",
+    "HDF5 of ilastik": "ilastik",
+    "MRC": "mrc",
+    "a folder of": "pictures",
+    "a pattern of": "pattern",
+}
+
+
+def test_the_table_in_the_docs_has_these_cases(project_root: Path) -> None:
+    lines = (project_root / "docs" / "formats.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("|---|---|---|---|---|") + 1
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : lines.index("", start)]]
+    found = {}
+    for name, read, _, labels, size in table:
+        [case] = [case for words, case in ROWS.items() if name.startswith(words)]
+        found[case] = read, labels, size
+    assert set(found) == set(FORMATS)
+    for case, (read, labels, size) in found.items():
+        assert (read, labels) == ("yes", "yes")
+        assert (size == "yes") == (case in SIZED), case
