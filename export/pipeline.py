@@ -149,6 +149,7 @@ def _export(config: ExportConfig, run: TrainingRun, folder: Path, say: Callable[
     card.model = {
         "parameters": reference.parameters,
         "training": run.settings,
+        "pixel_size_nm": run.pixel_size_nm,
         "machine": dataclasses.asdict(machine()),
         "parity_tiles": evidence.tiles.source,
     }

@@ -22,6 +22,7 @@ class TrainingRun:
         held_out: pages kept from training, by the stack's file name.
         repeat: the command that repeats the run.
         versions: of the tools that trained.
+        pixel_size_nm: depth, height and width of a pixel of each stack, None for what is not known.
     """
 
     folder: Path
@@ -29,6 +30,7 @@ class TrainingRun:
     held_out: dict[str, list[int]] = field(default_factory=dict)
     repeat: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    pixel_size_nm: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def saved_model(self) -> Path:
@@ -58,4 +60,5 @@ class TrainingRun:
             values.get("held_out", {}),
             str(values.get("repeat", repeat)),
             values.get("versions", {}),
+            values.get("pixel_size_nm", {}),
         )

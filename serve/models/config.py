@@ -17,6 +17,7 @@ from unet.files import sha256_of
 from unet.geometry import is_valid_size, output_size
 from unet.machine import numa_nodes
 from unet.names import INPUT, OUTPUT, PLAN_FILE
+from unet.volume.metadata import typical_pixel_nm
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -207,6 +208,8 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
         parameters["engine"] = f"{card.engine.kind} {card.engine.precision}"
         parameters["threads"] = str(settings.threads)
         parameters["core_shares"] = str(settings.core_shares)
+    if (size := typical_pixel_nm(card.model.get("pixel_size_nm", {}).values())) is not None:
+        parameters["pixel_size_nm"] = f"{size:.6g}"
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     return config

@@ -118,12 +118,14 @@ class Interface:
         max_batch_size: most tiles in one request.
         version: of the model that answers.
         card_sha256: of the card of its artefacts; empty if its publisher did not say.
+        pixel_size_nm: side of a pixel of the slices that it was trained on; None if not known.
     """
 
     tile_sizes: tuple[int, ...]
     max_batch_size: int
     version: str
     card_sha256: str
+    pixel_size_nm: float | None = None
 
 
 class Connection:
@@ -179,7 +181,8 @@ class Connection:
             )
         version = self.model_version or max(about.versions, key=int)
         card = config.parameters["card_sha256"].string_value
-        return Interface(sizes, max(1, int(config.max_batch_size)), version, card)
+        size = config.parameters["pixel_size_nm"].string_value
+        return Interface(sizes, max(1, int(config.max_batch_size)), version, card, float(size) if size else None)
 
     def infer(self, inputs: list[Any], outputs: list[Any]) -> Any:
         """Send one request and wait for its answer.

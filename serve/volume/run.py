@@ -22,6 +22,7 @@ from unet import __version__
 from unet.errors import warn
 from unet.intensity import Window, WindowChoice, Windows, find_windows
 from unet.volume import BLOCK_PX, Volume, ZarrCanvas, ZarrStack, open_volume
+from unet.volume.metadata import typical_pixel_nm
 from unet.volume.opening import beside
 from unet.volume.overlay import overlay_png, shrink, shrink_factor
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from unet.geometry import TilePlan
 
 _PICTURE = "picture.png"
+# By more than a quarter.
+_MOST_DIFFERENT = 1.25
 # Computes the bands that are missing in a run's store.
 Filler = Callable[["Run", "list[tuple[int, Band]]"], None]
 
@@ -147,6 +150,7 @@ def segment_volume(segmenter: Segmenter, source: Path, request: Request, fill: F
         windows = find_windows(volume, request.window)
         for note in windows.notes:
             warn(note)
+        _compare_pixels(segmenter, volume)
         plan = segmenter.plan(volume.height, volume.width)
         bands = bands_of(plan)
         header = _header(segmenter, volume, windows, plan, request)
@@ -169,6 +173,16 @@ def segment_volume(segmenter: Segmenter, source: Path, request: Request, fill: F
     units = size[0] * len(bands)
     outputs = {kind: str(path) for kind, path in targets.items()}
     return Summary(str(source), outputs, *size, windows.value, str(windows), units, recalled, segmenter.resent, seconds)
+
+
+def _compare_pixels(segmenter: Segmenter, volume: Volume) -> None:
+    """Say where a volume's pixels are of another size than those that the network was trained on."""
+    own, trained = typical_pixel_nm([volume.metadata.pixel_size_nm]), segmenter.interface.pixel_size_nm
+    if own is not None and trained is not None and not 1 / _MOST_DIFFERENT < own / trained < _MOST_DIFFERENT:
+        warn(
+            f"{volume.path} has pixels of {own:.3g} nm and the network was trained on {trained:.3g} nm: scale the "
+            "slices to its size first, or train on such slices"
+        )
 
 
 def _header(segmenter: Segmenter, volume: Volume, windows: Windows, plan: TilePlan, request: Request) -> dict[str, Any]:

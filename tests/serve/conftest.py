@@ -52,6 +52,7 @@ def tiny_artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = Card(folder)
     card.tile_sizes = TILE_SIZES
     enter_engine(card)
+    card.model["pixel_size_nm"] = {"train-volume.tif": [50, 4, 4], "of-no-known-size.tif": [None, None, None]}
     card.save()
     return folder
 

@@ -54,16 +54,18 @@ class Data:
         validation: what chooses the best weights and the threshold.
         held_out: what is scored and decides nothing.
         splits: by the name of a stack's images file.
+        pixel_size_nm: depth, height and width of a pixel of each stack, None for what its file does not say.
     """
 
     training: list[Slice] = field(default_factory=list)
     validation: list[Slice] = field(default_factory=list)
     held_out: list[Slice] = field(default_factory=list)
     splits: dict[str, StackSplit] = field(default_factory=dict)
+    pixel_size_nm: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """What a run's ``config.json`` keeps of the division, for `recorded_splits`."""
-        kept: dict[str, Any] = {"stacks": list(self.splits)}
+        kept: dict[str, Any] = {"stacks": list(self.splits), "pixel_size_nm": self.pixel_size_nm}
         for name in ("held_out", "validation"):
             parts = {stack: getattr(split, name) for stack, split in self.splits.items()}
             kept[name] = {stack: list(part.pages) for stack, part in parts.items() if part.pages and part.rows is None}
@@ -163,10 +165,11 @@ def load_data(config: TrainConfig, record: Mapping[str, Any] | None = None) -> D
         StackError: if a stack cannot be read.
     """
     pairs = find_pairs(config.data_dir)
-    sizes = {}
+    sizes, pixel_size_nm = {}, {}
     for images, _ in pairs:
         with open_volume(images) as reader:
             sizes[images.name] = (len(reader), reader.height)
+            pixel_size_nm[images.name] = reader.metadata.pixel_size_nm
     if record:
         splits = recorded_splits(record, {name: pages for name, (pages, _) in sizes.items()})
     else:
@@ -179,7 +182,10 @@ def load_data(config: TrainConfig, record: Mapping[str, Any] | None = None) -> D
             "its stacks with --data_dir"
         )
     in_memory = sum(bytes_of(pair, config.border_weight) for pair in pairs) <= IN_MEMORY_BYTES
-    data = Data(splits={images.name: splits[images.name] for images, _ in pairs if images.name in splits})
+    data = Data(
+        splits={images.name: splits[images.name] for images, _ in pairs if images.name in splits},
+        pixel_size_nm={name: size for name, size in pixel_size_nm.items() if name in splits},
+    )
     for pair in pairs:
         if pair[0].name in data.splits:
             slices = load_stack(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,8 @@ import tifffile
 from unet.errors import warn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import numpy as np
     import numpy.typing as npt
 
@@ -101,6 +104,12 @@ class StackMetadata:
             return 0
         place = self.axes.index("C")
         return page // math.prod(self.lengths[place + 1 :]) % self.lengths[place]
+
+
+def typical_pixel_nm(sizes: Iterable[Sequence[float | None]]) -> float | None:
+    """The side of a pixel in its slice, the median over stacks of (depth, height, width); None if not known."""
+    sides = [math.sqrt(size[1] * size[2]) for size in sizes if len(size) == 3 and size[1] and size[2]]
+    return statistics.median(sides) if sides else None
 
 
 class Described(Protocol):

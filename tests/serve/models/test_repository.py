@@ -63,6 +63,7 @@ def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Pat
     assert config.version_policy.latest.num_versions == 1
     assert {name: value.string_value for name, value in config.parameters.items()} == {
         "tile_sizes": "204,252",
+        "pixel_size_nm": "4",
         "max_tile_size": "1004",
         "profile": "cpu",
         "engine": "onnxruntime f32",

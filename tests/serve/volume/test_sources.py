@@ -128,3 +128,16 @@ def test_a_volume_inside_a_zarr_folder_is_written_beside_it(url: str, tmp_path: 
     assert main([str(tmp_path / "a.zarr" / "0"), "--url", url, "--quiet"]) == 0
     assert {path for path in (tmp_path / "a.zarr").rglob("*")} == before
     assert {path.name for path in tmp_path.iterdir()} == {"a.zarr", "a-0-probability.zarr", "a-0-overlay.png"}
+
+
+@pytest.mark.parametrize(("size", "said"), [(4.0, False), (3.5, False), (8.0, True), (None, False)])
+def test_another_pixel_size_than_the_networks_is_said(
+    url: str, tmp_path: Path, size: float | None, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {} if size is None else {"PhysicalSizeX": size, "PhysicalSizeY": size}
+    units = {} if size is None else {"PhysicalSizeXUnit": "nm", "PhysicalSizeYUnit": "nm"}
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, STACK, photometric="minisblack", ome=True, metadata={"axes": "ZYX", **sizes, **units})
+    assert main([str(path), "--url", url, "--quiet"]) == 0
+    sentence = f"warning: {path} has pixels of 8 nm and the network was trained on 4 nm"
+    assert (sentence in capsys.readouterr().err) == said

@@ -175,3 +175,12 @@ def test_planes_in_a_file_are_those_in_memory(phantom_dir: Path) -> None:
         assert other.border is not None
         np.testing.assert_array_equal(one.border, other.border)
         assert one.border.max() > 1
+
+
+def test_the_pixel_size_is_recorded(tiny: Make, write: Callable[..., Path]) -> None:
+    images, labels = synthetic_stack(slices=2, size=300, seed=2)
+    folder = write(images, labels)
+    metadata = {"axes": "ZYX", "PhysicalSizeX": 4.0, "PhysicalSizeXUnit": "nm"}
+    tifffile.imwrite(folder / "train-volume.tif", images, photometric="minisblack", ome=True, metadata=metadata)
+    record = load_data(tiny(data_dir=str(folder))).record()
+    assert record["pixel_size_nm"] == {"train-volume.tif": (None, None, 4)}
