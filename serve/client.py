@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve.segment.address import Tls
 from serve.segment.bands import bands_of
-from serve.segment.connection import ClientError, DeadlineError, ServerBusyError, ServerGoneError, Tls, TlsError
+from serve.segment.errors import ClientError, ServerError
 from serve.segment.segmenter import Segmenter
 from serve.segment.slots import SHARED_MEMORY
 from serve.volume.outputs import KINDS, LABEL_DTYPES
@@ -25,13 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClientError",
-    "DeadlineError",
     "Request",
     "Segmenter",
-    "ServerBusyError",
-    "ServerGoneError",
+    "ServerError",
     "Tls",
-    "TlsError",
     "segment_volume",
 ]
 

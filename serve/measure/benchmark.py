@@ -29,7 +29,8 @@ from serve.measure.rows import SLICE_PX, Row, summarise
 from serve.measure.served import gpu_name, instance_threads, machine_in_words, served_engine
 from serve.segment.connection import Connection
 from serve.segment.segmenter import Segmenter
-from serve.segment.slots import Slot, slot_for
+from serve.segment.slot import Slot
+from serve.segment.slots import slot_for
 from serve.volume.run import Request, segment_volume
 from unet.config import setting
 from unet.errors import UnetError

@@ -29,7 +29,7 @@ import tifffile
 
 from serve.measure.common import MeasureError, own_or_demo
 from serve.measure.levels import counted
-from serve.segment.connection import ClientError
+from serve.segment.errors import ClientError
 from serve.segment.segmenter import Segmenter
 from serve.volume.run import Request, segment_volume
 from unet.config import setting

@@ -18,8 +18,11 @@ import numpy.typing as npt
 
 from serve.measure.meter import Cost, Meter, ServerCounts
 from serve.measure.perf_analyzer import PerfAnalyzer, PerfRow
-from serve.segment.connection import ClientError, Connection, Interface
-from serve.segment.slots import CudaSlot, SharedSlot, Slot, make_slots
+from serve.segment.connection import Connection, Interface
+from serve.segment.cuda_slot import CudaSlot
+from serve.segment.errors import ClientError
+from serve.segment.slot import SharedSlot, Slot
+from serve.segment.slots import make_slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

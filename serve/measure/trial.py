@@ -25,7 +25,7 @@ from serve.measure.perf_analyzer import PerfAnalyzer
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
 from serve.segment.connection import Connection
-from serve.segment.slots import Slot
+from serve.segment.slot import Slot
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
 from unet.config import setting

@@ -3,110 +3,25 @@
 from __future__ import annotations
 
 import re
-import ssl
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from unet.errors import UnetError
+from serve.segment.address import Address, Tls
+from serve.segment.errors import Action, ClientError, Rule, ServerError, rule_for
 from unet.geometry import is_valid_size
 from unet.names import INPUT, OUTPUT
 
+# gRPC's own limit of a message.
+MESSAGE_BYTES = 2**31 - 1
 # Their numbers in Triton's protocol, inference.DataType.
 _UINT8, _FP16 = 2, 10
 _PORTS = [(INPUT, _UINT8, [1, -1, -1]), (OUTPUT, _FP16, [1, -1, -1])]
 # gRPC hands a channel's waiting time between attempts on to the next channel to the same address, unless told not to.
 _CHANNEL = [
-    ("grpc.max_send_message_length", 2**31 - 1),
-    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),
 ]
-
-
-class ClientError(UnetError):
-    """A server, a model or an answer that cannot be used."""
-
-
-class ServerGoneError(ClientError):
-    """No server answers at the address."""
-
-
-class NotServedError(ClientError):
-    """The server has no such model, or has it no longer."""
-
-
-class ServerBusyError(ClientError):
-    """The server's queue is full."""
-
-
-class DeadlineError(ClientError):
-    """No answer came in time."""
-
-
-class MemoryForgottenError(ClientError):
-    """The server does not know this client's shared memory any longer."""
-
-
-class TlsError(ClientError):
-    """Certificates that cannot be read, or that client and server do not accept of each other."""
-
-
-@dataclass(frozen=True)
-class Tls:
-    """What an encrypted connection needs, as PEM files.
-
-    Attributes:
-        ca: the authority whose certificate the server must show.
-        cert: this client's certificate, where the server asks for one.
-        key: its private key.
-    """
-
-    ca: str | Path
-    cert: str | Path | None = None
-    key: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        if (self.cert is None) != (self.key is None):
-            raise TlsError("a client's certificate and its key go together: give both --tls_cert and --tls_key")
-        self._check_files()
-
-    def _check_files(self) -> None:
-        """Read them as gRPC will, which does not say which of them is at fault."""
-        for path in (self.ca, self.cert, self.key):
-            if path is None:
-                continue
-            try:
-                Path(path).read_bytes()
-            except OSError as error:
-                raise TlsError(f"{path} cannot be read: {error.strerror}") from error
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            context.load_verify_locations(self.ca)
-        except ssl.SSLError as error:
-            raise TlsError(f"{self.ca} holds no certificate of an authority in PEM ({_openssl_says(error)})") from error
-        if self.cert is None or self.key is None:
-            return
-        try:
-            # Without a password it would ask for one.
-            context.load_cert_chain(self.cert, self.key, password="")
-        except ssl.SSLError as error:
-            raise TlsError(
-                f"{self.cert} and {self.key} are no certificate and its unencrypted key in PEM ({_openssl_says(error)})"
-            ) from error
-
-    def options(self) -> dict[str, Any]:
-        """For tritonclient's gRPC client.
-
-        Raises:
-            TlsError: if a file cannot be read here, as on a Dask worker, which gets this object unchecked.
-        """
-        self._check_files()
-        names = {"root_certificates": self.ca, "certificate_chain": self.cert, "private_key": self.key}
-        return {"ssl": True, **{name: str(path) for name, path in names.items() if path is not None}}
-
-
-def _openssl_says(error: ssl.SSLError) -> str:
-    return (error.reason or error.args[-1]).lower().replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -127,11 +42,18 @@ class Interface:
     card_sha256: str
     pixel_size_nm: float | None = None
 
+    def is_model_of(self, other: Interface) -> bool:
+        """Whether two servers, or one at two times, serve the same network under the same version."""
+        mine, others = ((each.version, each.card_sha256, each.tile_sizes) for each in (self, other))
+        return mine == others
+
 
 class Connection:
     """A connection to one model on one server.
 
     Attributes:
+        url: the server's address.
+        model_version: that requests ask for; empty for the newest, until ``interface`` has found which one that is.
         timeout_s: longest wait for one answer.
         client: tritonclient's own, for the calls that this class does not wrap.
         grpc: tritonclient's gRPC module, which takes a while to load.
@@ -145,16 +67,18 @@ class Connection:
         """
         import tritonclient.grpc as grpc
 
-        self.url, self.model_name, self.model_version, self.timeout_s = url, model_name, model_version, timeout_s
+        self.address = Address.parse(url)
+        self.url, self.model_name, self.model_version = str(self.address), model_name, model_version
+        self.timeout_s = timeout_s
         self.grpc: Any = grpc
-        encryption = tls.options() if tls else {}
-        try:
-            self.client: Any = grpc.InferenceServerClient(url, channel_args=_CHANNEL, **encryption)
-        except Exception as error:  # a malformed address fails in several ways
-            raise ClientError(f"{url} is not HOST:PORT of a gRPC server: {error}") from error
+        if self.address.encrypted and tls is None:
+            raise ClientError(f"{url} asks for an encrypted connection: name the server's authority with --tls_ca")
+        options = tls.options() if tls else {}
+        channel = [*_CHANNEL, ("grpc.enable_http_proxy", 0)] if self.address.is_local else _CHANNEL
+        self.client: Any = grpc.InferenceServerClient(self.url, channel_args=channel, **options)
 
     def interface(self, timeout_s: float) -> Interface:
-        """Ask what the model takes.
+        """Ask what the model takes; from now on requests ask for the version that was found.
 
         Args:
             timeout_s: longest wait for the answer.
@@ -163,32 +87,50 @@ class Connection:
             ClientError: if no server answers, it does not serve the model, or the model is of another kind.
         """
         try:
-            answer = self.client.get_model_config(self.model_name, self.model_version, client_timeout=timeout_s)
-            about = self.client.get_model_metadata(self.model_name, self.model_version, client_timeout=timeout_s)
+            # Which versions there are; the configuration below is one for all of them.
+            about = self.client.get_model_metadata(self.model_name, "", client_timeout=timeout_s)
+            answer = self.client.get_model_config(self.model_name, "", client_timeout=timeout_s)
         except self.grpc.InferenceServerException as error:
             raise self.explain(error) from error
-        config = answer.config
+        config, served = answer.config, sorted(about.versions, key=int)
         if [(p.name, p.data_type, list(p.dims)) for p in (*config.input, *config.output)] != _PORTS:
             raise ClientError(
                 f"{self.model_name} on {self.url} is not a U-Net of this project: it must take UINT8 {INPUT!r} and "
                 f"give FP16 {OUTPUT!r}, one plane of any size each; name another model with --model_name"
             )
-        listed = config.parameters["tile_sizes"].string_value
+        version = self.model_version or served[-1]
+        if version not in served:
+            raise ServerError(
+                f"{self.url} does not serve {self.model_name} version {version}, but {', '.join(served)}: a former "
+                "version comes back with `python serve/repository.py --rollback --version N --load`",
+                Action.REOPEN,
+            )
+
+        def about_version(name: str) -> str:
+            own = config.parameters[f"{name}_{version}"].string_value
+            return str(own or (config.parameters[name].string_value if version == served[-1] else ""))
+
+        listed = about_version("tile_sizes") or config.parameters["tile_sizes"].string_value
         sizes = tuple(int(size) for size in listed.split(",") if size.strip().isdecimal())
         if not sizes or not all(is_valid_size(size) for size in sizes):
             raise ClientError(
                 f"{self.model_name} on {self.url} names no usable tile size ({listed!r}): publish it again"
             )
-        version = self.model_version or max(about.versions, key=int)
-        card = config.parameters["card_sha256"].string_value
+        self.model_version = version
         size = config.parameters["pixel_size_nm"].string_value
-        return Interface(sizes, max(1, int(config.max_batch_size)), version, card, float(size) if size else None)
+        return Interface(
+            sizes,
+            max(1, int(config.max_batch_size)),
+            version,
+            about_version("card_sha256"),
+            float(size) if size else None,
+        )
 
     def infer(self, inputs: list[Any], outputs: list[Any]) -> Any:
         """Send one request and wait for its answer.
 
         Raises:
-            ClientError: if the server does not answer or refuses.
+            ServerError: if the server does not answer or refuses.
         """
         try:
             return self.client.infer(
@@ -201,7 +143,7 @@ class Connection:
         """Send one request; ``receive(result=, error=)`` is called from another thread. Gives the call, to cancel it.
 
         Raises:
-            ClientError: if it could not be sent.
+            ServerError: if it could not be sent.
         """
         try:
             return self.client.async_infer(
@@ -210,46 +152,59 @@ class Connection:
         except self.grpc.InferenceServerException as error:
             raise self.explain(error) from error
 
-    def explain(self, error: Exception) -> ClientError:
-        """One sentence for what went wrong with a call."""
-        status = str(getattr(error, "status", lambda: "")() or "")
-        message = str(getattr(error, "message", lambda: "")() or error)
-        if "DEADLINE_EXCEEDED" in status:
-            return DeadlineError(
-                f"{self.url} gave no answer in {self.timeout_s:g} s: see its log, or raise --timeout_s"
+    def explain(self, error: BaseException) -> ServerError:
+        """One sentence for what went wrong with a call, and what is to be done about it."""
+        rule, message = _rule_and_message(error)
+        version = f" version {self.model_version}" if self.model_version else ""
+        sentence = rule.sentence.format(
+            server=self.url,
+            model=f"{self.model_name}{version}",
+            timeout=f"{self.timeout_s:g}",
+            reason=_reason(message),
+            reach=self._why_unreachable(message) if "{reach}" in rule.sentence else "",
+            said=(message.splitlines() or ["no reason given"])[0].replace("[request id: <id_unknown>] ", ""),
+        )
+        return ServerError(sentence, rule.action)
+
+    def _why_unreachable(self, message: str) -> str:
+        if self.address.proxy is not None:
+            return (
+                f"gRPC asks the proxy for it ({self.address.proxy}); add {self.address.host} to no_proxy if the server "
+                "is reached without it"
             )
-        if "UNAVAILABLE" in status and "queue" in message:
-            return ServerBusyError(
-                f"{self.url} has too many requests waiting ({message}): try again when it is less busy"
-            )
-        if "UNAVAILABLE" in status and ("handshake" in message.lower() or "SSL" in message):
-            return TlsError(
-                f"{self.url} and this client do not accept each other's certificates ({_reason(message)}): name the "
-                "authority of the server's with --tls_ca, and if it asks for one give --tls_cert and --tls_key"
-            )
-        if "UNAVAILABLE" in status:
-            return ServerGoneError(
-                f"no server answers at {self.url}: start one with `make serve`, or name it with --url; one that is "
-                "encrypted, or wants a certificate, needs --tls_ca, --tls_cert and --tls_key"
-            )
-        if "unknown model" in message.lower():
-            version = f" version {self.model_version}" if self.model_version else ""
-            return NotServedError(
-                f"{self.url} does not serve {self.model_name}{version}: publish it, or name another --model_name"
-            )
-        if "shared memory region" in message:
-            return MemoryForgottenError(
-                f"{self.url} has forgotten this client's shared memory, as when perf_analyzer or a restart came "
-                "between: run it again, or leave shared memory off"
-            )
-        return ClientError(f"{self.url} refused: {message.splitlines()[0]}")
+        if "socket closed" in message.lower() and self.address.answers_http():
+            return "what listens there speaks HTTP; give the port of the server's gRPC, 8001 by default"
+        return (
+            "start one with `make serve`, or name it with --url; one that is encrypted, or wants a certificate, needs "
+            "--tls_ca, --tls_cert and --tls_key"
+        )
 
     def close(self) -> None:
         """Hang up."""
         self.client.close()
 
 
+def action_for(error: BaseException) -> Action:
+    """What is to be done about a call that went wrong."""
+    return _rule_and_message(error)[0].action
+
+
+def unanswered(error: BaseException) -> bool:
+    """Whether a call went wrong because no server answered, in time or at all."""
+    return _code(error) in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+def _code(error: BaseException) -> str:
+    return str(getattr(error, "status", lambda: "")() or "").rpartition(".")[2]
+
+
+def _rule_and_message(error: BaseException) -> tuple[Rule, str]:
+    code = _code(error)
+    message = str(getattr(error, "message", lambda: "")() or error)
+    return rule_for(code, message), message
+
+
 def _reason(message: str) -> str:
     """The telling words of OpenSSL's message, as in "CERTIFICATE_VERIFY_FAILED"."""
     found = re.findall(r"[A-Z]+(?:_[A-Z]+){2,}", message)
-    return found[-1] if found else message.splitlines()[0]
+    return found[-1] if found else (message.splitlines() or [""])[0]

@@ -1,68 +1,36 @@
-"""Requests on their way to a server: several at a time, sent again where that is safe, to another server if need be.
+"""Requests on their way to servers: several at a time, sent again where that is safe, to another server if need be.
 
-A request has no effect on the server but its answer, so any that got none may be sent again. A full queue holds the
-client back, a server that went away is waited for or replaced by the next address, and what a server refuses for
-another reason is an error at once.
+A request has no effect on a server but its answer, so any that got no usable one may be sent again. Each server has
+room for some requests; a request takes the room that is free next, so that faster servers get more of them. What is
+done about a fault stands in the table of ``errors``.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from serve.segment.connection import (
-    ClientError,
-    Connection,
-    DeadlineError,
-    Interface,
-    MemoryForgottenError,
-    NotServedError,
-    ServerBusyError,
-    ServerGoneError,
-    Tls,
-)
-from serve.segment.slots import Shape, Slot, make_slots, slot_for
+from serve.segment.answer import probabilities
+from serve.segment.connection import action_for
+from serve.segment.errors import Action, ClientError, ServerError
+from serve.segment.pool import Pool
+from serve.segment.slots import close_all
 from unet.processes import signals_held_back
+
+if TYPE_CHECKING:
+    from serve.segment.servers import Server
+    from serve.segment.settings import Settings
+    from serve.segment.slot import Shape, Slot
 
 _FINISH_TIMEOUT_S = 2.0
 _CANCEL_TIMEOUT_S = 2.0
-_LONGEST_BACK_OFF_S = 2.0
-_CONNECT_TIMEOUT_S = 5.0
-# A full queue is no fault, but one that takes nothing for so many deadlines is.
-_BUSY_DEADLINES = 10
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How requests are sent.
-
-    Attributes:
-        urls: the servers' gRPC addresses, HOST:PORT; the first that answers is used, the others when it goes away.
-        model_name: the model.
-        model_version: its version; empty for the newest.
-        timeout_s: longest wait for one answer.
-        patience_s: how long a server that went away is waited for.
-        shared_memory: "auto", "on", "off" or "cuda".
-        in_flight: requests under way at a time.
-        tls: for an encrypted connection; None for a plain one.
-    """
-
-    urls: tuple[str, ...]
-    model_name: str
-    model_version: str
-    timeout_s: float
-    patience_s: float
-    shared_memory: str
-    in_flight: int
-    tls: Tls | None = None
 
 
 @dataclass
@@ -74,6 +42,7 @@ class Batch:
         fill: puts them into uint8 [count, 1, S, S].
         accept: takes float16 [count, 1, S - 184, S - 184]; called from a connection's thread, once.
         wanted: whether anybody still waits for it.
+        sent: whether it was sent already.
         answered: whether ``accept`` was called.
     """
 
@@ -81,81 +50,56 @@ class Batch:
     fill: Callable[[npt.NDArray[np.uint8]], None]
     accept: Callable[[npt.NDArray[np.float16]], None]
     wanted: bool = True
+    sent: bool = False
     answered: bool = False
 
 
-@dataclass
-class _Trouble:
-    """Since when nothing succeeded any more, and how often something was tried again."""
+@dataclass(eq=False)
+class _Request:
+    """A batch under way."""
 
-    since: float = field(default_factory=time.monotonic)
-    attempts: int = 0
-
-    def back_off_s(self) -> float:
-        self.attempts += 1
-        return float(min(_LONGEST_BACK_OFF_S, 0.02 * 2 ** min(self.attempts, 10)))
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self.since
+    batch: Batch
+    server: Server
+    slot: Slot
+    sent_at: float = field(default_factory=time.monotonic)
+    call: Any = None
 
 
 class Dispatcher:
     """Sends batches and sees to it that each is answered; for use from one thread.
 
     Attributes:
-        interface: of the served model.
-        connection: to the server that is used now.
-        slots: room for the requests, all of one shape.
+        pool: the servers.
         resent: how many requests were sent once more.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Connect to the first server that serves the model.
+        """Connect to the first server that serves the model; the others follow with the first request.
 
         Raises:
             ClientError: if none does.
         """
         self.settings = settings
-        self.slots: list[Slot] = []
         self.resent = 0
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()  # its lock outlives a Ctrl-C
+        self._shape: Shape | None = None
+        self._waiting: deque[Batch] = deque()
+        # What connections' threads change too, under the condition.
         self._changed = threading.Condition()
-        self._under_way: dict[object, Any] = {}
-        self._failed: deque[tuple[Batch, Exception, Connection]] = deque()
-        self._trouble: _Trouble | None = None
-        self._retired: list[Connection] = []
-        self.connection, self.interface = self._first_that_serves()
-
-    def _first_that_serves(self) -> tuple[Connection, Interface]:
-        faults = []
-        for url in self.settings.urls:
-            try:
-                return self._connect(url, self.settings.timeout_s)
-            except ClientError as error:
-                faults.append(error)
-        if len(faults) == 1:
-            raise faults[0]
-        listed = "; ".join(str(fault).split(":")[0] for fault in faults[:1] + faults[1:])
-        raise ClientError(f"none of {', '.join(self.settings.urls)} serves {self.settings.model_name}: {listed}")
-
-    def _connect(self, url: str, timeout_s: float) -> tuple[Connection, Interface]:
-        settings = self.settings
-        connection = Connection(url, settings.model_name, settings.model_version, settings.timeout_s, settings.tls)
-        try:
-            return connection, connection.interface(timeout_s)
-        except BaseException:
-            connection.close()
-            raise
+        self._free: list[tuple[Server, Slot]] = []
+        self._under_way: set[_Request] = set()
+        self._failed: deque[tuple[_Request, Exception]] = deque()
+        self._news = False
+        self.pool = Pool(settings, self._changed)
 
     def submit(self, batch: Batch, shape: Shape) -> None:
         """Send a batch as soon as there is room for it.
 
         Raises:
-            ClientError: if an earlier request failed for good.
+            ClientError: if this or an earlier request failed for good.
         """
         self._prepare(shape)
-        self._send(batch, self._take_slot())
+        self._waiting.append(batch)
+        self.wait_for(lambda: not self._waiting)
 
     def wait_for(self, done: Callable[[], bool]) -> None:
         """Wait until ``done``, sending again what has failed meanwhile.
@@ -164,90 +108,121 @@ class Dispatcher:
             ClientError: if a request failed for good.
         """
         while True:
+            self._tend()
+            self._send_waiting()
             with self._changed:
-                if not self._changed.wait_for(lambda: bool(self._failed) or done(), self._patience_s):
-                    raise self._silence()
-                if not self._failed:
+                if not self._failed and done():
                     return
-                batch, fault, connection = self._failed.popleft()
-            if batch.wanted:
-                try:
-                    self._overcome(fault, connection)
-                except ClientError:
-                    self._trouble = None  # the next use begins with fresh patience
-                    raise
-                self.resent += 1
-                self._send(batch, self._take_slot())
+                pause_s = min(self.pool.pause_s(), self._silence_s)
+                heard = self._changed.wait_for(lambda: self._has_news() or done(), pause_s)
+                self._news = False
+                failed, self._failed = self._failed, deque()
+                silent = not heard and bool(self._under_way)
+            for request, error in failed:
+                self._judge(request, error)
+            if silent:
+                self._check_silence()
 
-    def _overcome(self, fault: Exception, connection: Connection) -> None:
-        """Wait, or connect anew, until it makes sense to send again.
+    def _has_news(self) -> bool:
+        return self._news or bool(self._failed) or any(server.has_outcome for server in self.pool.servers)
+
+    @property
+    def _silence_s(self) -> float:
+        """Every request ends by its deadline; this is well beyond it."""
+        return 2 * self.settings.timeout_s + 1
+
+    def _check_silence(self) -> None:
+        with self._changed:
+            oldest = min((request.sent_at for request in self._under_way), default=time.monotonic())
+        if time.monotonic() - oldest >= self._silence_s:
+            raise self.pool.for_good(ServerError(f"no server has answered for {self._silence_s:g} s: see their logs"))
+
+    def _judge(self, request: _Request, error: Exception) -> None:
+        """Put a batch that failed back, and do about its server what the table says.
 
         Raises:
-            ClientError: if it does not.
+            ClientError: if it failed for good.
         """
-        if not isinstance(fault, connection.grpc.InferenceServerException):
-            raise fault
-        error = connection.explain(fault)
-        with self._changed:
-            trouble = self._trouble = self._trouble or _Trouble()
-        if isinstance(error, ServerBusyError):
-            if trouble.elapsed_s > _BUSY_DEADLINES * self.settings.timeout_s:
-                raise error from fault
-            self._pause(trouble.back_off_s())
-        elif isinstance(error, MemoryForgottenError):
-            # The slot is spent: the next one is made known to the server anew.
-            if trouble.elapsed_s > self.settings.patience_s:
-                raise error from fault
-            trouble.attempts += 1
-        # A server that stops in order unloads its models first.
-        elif isinstance(error, (ServerGoneError, NotServedError)) or (
-            isinstance(error, DeadlineError) and len(self.settings.urls) > 1
-        ):
-            self._reconnect(error, connection, trouble)
-        else:
-            raise error from fault
+        connection, server = request.slot.connection, request.server
+        if not request.batch.wanted:
+            return
+        if isinstance(error, connection.grpc.InferenceServerException):
+            error = connection.explain(error)
+        if not isinstance(error, ServerError):
+            raise error
+        self._waiting.appendleft(request.batch)
+        if connection is server.connection:  # else it was left meanwhile, for another request
+            self.pool.act(server, error)
 
-    def _reconnect(self, error: ClientError, connection: Connection, trouble: _Trouble) -> None:
-        """Connect to the next server that serves the same model, or to the same one once it is back."""
-        if connection is not self.connection:
-            return  # done already, for another request
-        urls = self.settings.urls
-        following = urls.index(connection.url) + 1
-        if trouble.attempts:
-            self._pause(trouble.back_off_s())
-        while True:
-            for url in (*urls[following:], *urls[:following]):
-                if trouble.elapsed_s > self.settings.patience_s:
-                    raise error
-                try:
-                    fresh, interface = self._connect(url, min(self.settings.timeout_s, _CONNECT_TIMEOUT_S))
-                except ClientError as again:
-                    error = again
-                    continue
-                if interface != self.interface:
-                    fresh.close()
-                    raise ClientError(
-                        f"{url} serves another {self.settings.model_name} than {connection.url} did: publish one "
-                        "version on all servers"
-                    )
-                self._retired.append(self.connection)
-                self.connection = fresh
-                trouble.attempts += 1
+    def _tend(self) -> None:
+        """Take over room that has come with connections, and give up what belonged to those that were left.
+
+        Raises:
+            ClientError: no server is left, and none has come back in time.
+        """
+        fresh = self.pool.tend(self._shape)
+        with self._changed:
+            self._free += fresh
+            left = [each for each in self._under_way if each.slot.connection is not each.server.connection]
+            stale = [(server, slot) for server, slot in self._free if slot.connection is not server.connection]
+            if stale:
+                self._free = [each for each in self._free if each not in stale]
+        for server, slot in stale:
+            server.stale.append(slot)
+        for request in left:
+            if request.call is not None:
+                request.call.cancel()
+
+    def _send_waiting(self) -> None:
+        """Send what waits, as far as there is room."""
+        while self._waiting:
+            if not self._waiting[0].wanted:
+                self._waiting.popleft()
+                continue
+            taken = self._take_slot()
+            if taken is None:
                 return
-            self._pause(trouble.back_off_s())
+            server, slot = taken
+            try:
+                if slot.spent:
+                    slot = self._replacement(server, slot)
+                self._send(_Request(self._waiting[0], server, slot))
+            except ServerError as fault:
+                self.pool.act(server, fault)
+            else:
+                self._waiting.popleft()
 
-    def _pause(self, seconds: float) -> None:
-        """Wait, unless an answer shows sooner that all is well again."""
+    def _take_slot(self) -> tuple[Server, Slot] | None:
+        now = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: self._trouble is None, seconds)
+            for index, (server, slot) in enumerate(self._free):
+                if slot.connection is server.connection and server.ready_at <= now:
+                    return self._free.pop(index)
+        return None
 
-    def _send(self, batch: Batch, slot: Slot) -> None:
-        request, free, connection = object(), self._free, self.connection
+    def _replacement(self, server: Server, spent: Slot) -> Slot:
+        """Another slot in the place of one that must not be used again."""
+        try:
+            spent.close()
+            if spent.is_shared:  # the server is still at work on what was given up
+                server.stale.append(spent)
+            return server.make_slots(spent.connection, 1, spent.shape)[0]
+        except BaseException:
+            self._give_back(server, spent)
+            raise
+
+    def _give_back(self, server: Server, slot: Slot) -> None:
+        with self._changed:
+            self._free.append((server, slot))
+
+    def _send(self, request: _Request) -> None:
+        batch, server, slot = request.batch, request.server, request.slot
+        connection = slot.connection
         try:
             batch.fill(slot.images[: batch.count])
             inputs, outputs = slot.tensors(connection.grpc, batch.count)
         except BaseException:
-            free.put(slot)
+            self._give_back(server, slot)
             raise
 
         def receive(result: Any, error: Exception | None) -> None:
@@ -255,104 +230,77 @@ class Dispatcher:
             fault = error
             try:
                 if error is None:
-                    batch.accept(slot.outputs(result, batch.count))
+                    batch.accept(probabilities(slot, result, batch.count))
             except Exception as wrong:
                 fault = wrong
-            # What the queue refused no engine is working on.
-            refused = error is not None and isinstance(connection.explain(error), ServerBusyError)
-            slot.spent = slot.spent or (fault is not None and not refused)
+            # The server may still be writing an answer that came too late. What the queue refused no engine works on.
+            slot.spent = slot.spent or (fault is not None and not (error and action_for(error) is Action.WAIT))
             with self._changed:
                 if fault is None:
-                    batch.answered, self._trouble = True, None
+                    batch.answered, server.trouble = True, None
                 else:
-                    self._failed.append((batch, fault, connection))
-                free.put(slot)
-                self._under_way.pop(request, None)
+                    self._failed.append((request, fault))
+                self._free.append((server, slot))
+                self._under_way.discard(request)
+                self._news = True
                 self._changed.notify_all()
 
         # Ctrl-C in the midst of this would leave gRPC with a call that is neither sent nor given up.
         with signals_held_back():
-            self._under_way[request] = None
+            self._under_way.add(request)
             try:
-                call = connection.infer_async(inputs, outputs, receive)
+                request.call = connection.infer_async(inputs, outputs, receive)
             except ClientError:
-                self._under_way.pop(request)
-                free.put(slot)
+                self._under_way.discard(request)
+                self._give_back(server, slot)
                 raise
-            with self._changed:
-                if request in self._under_way:
-                    self._under_way[request] = call
-
-    def make_slots(self, count: int, shape: Shape) -> list[Slot]:
-        """Room for ``count`` requests of a shape, in shared memory where it may be."""
-        chosen = self.settings.shared_memory
-        kind = slot_for(self.connection.url, chosen)
-        return make_slots(self.connection, count, shape, kind, insist=chosen != "auto")
+        self.resent += batch.sent
+        batch.sent = True
 
     def _prepare(self, shape: Shape) -> None:
-        """Make the slots that requests of this shape travel in."""
-        if self.slots and self.slots[0].shape == shape:
+        """Make the room that requests of this shape travel in."""
+        if self._shape == shape:
             return
-        if self.slots:
-            self.wait_for(lambda: not self._under_way)
+        self.wait_for(lambda: not self._under_way and not self._waiting)
+        self._shape = None
         self._drop_slots()
-        self.slots = self.make_slots(self.settings.in_flight, shape)
-        for slot in self.slots:
-            self._free.put(slot)
-
-    @property
-    def _patience_s(self) -> float:
-        """Every request ends by its deadline; this is well beyond it."""
-        return 2 * self.settings.timeout_s + 1
-
-    def _take_slot(self) -> Slot:
-        self.wait_for(lambda: not self._free.empty())
-        slot = self._free.get_nowait()
-        if not slot.spent and slot.connection is self.connection:
-            return slot
-        # Its place is taken by a new one.
-        slot.close()
-        try:
-            fresh = self.make_slots(1, slot.shape)[0]
-        except BaseException:
-            slot.spent = True
-            self._free.put(slot)
-            raise
-        self.slots[self.slots.index(slot)] = fresh
-        return fresh
-
-    def _silence(self) -> ClientError:
-        return DeadlineError(f"{self.connection.url} has not answered for {self._patience_s:g} s: see its log")
+        for server in self.pool.servers:
+            if server.connection is None:
+                continue
+            try:
+                slots = server.make_slots(server.connection, self.settings.in_flight, shape)
+            except ServerError as fault:
+                self.pool.act(server, fault)
+            else:
+                self._free.extend((server, slot) for slot in slots)
+        self._shape = shape
 
     def _drop_slots(self) -> None:
-        """Await what is under way, though not for long, and give up the rest and the slots.
+        """Give back the room that no request is in."""
+        with self._changed:
+            free, self._free = self._free, []
+        for server in self.pool.servers:
+            if server.connection is not None:
+                close_all(slot for owner, slot in free if owner is server and slot.connection is server.connection)
+                server.forget_stale(server.connection)
+
+    def _give_up_requests(self) -> None:
+        """Await what is under way, though not for long, and cancel the rest.
 
         Something is under way only when an error or Ctrl-C got here first. A server does not forget memory that it is
         still writing to, so that a little patience leaves it cleaner than cancelling at once.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._under_way, _FINISH_TIMEOUT_S)
-            calls = list(self._under_way.values())
+            calls = [request.call for request in self._under_way]
         for call in filter(None, calls):
             call.cancel()
         with self._changed:
             self._changed.wait_for(lambda: not self._under_way, _CANCEL_TIMEOUT_S)
-            self._under_way.clear()
-            self._failed.clear()
-        for slot in self.slots:
-            slot.close()
-        self.slots = []
-        self._free = queue.SimpleQueue()
 
     def close(self) -> None:
-        """Give up what is under way, have the server forget the shared memory, and hang up."""
+        """Give up what is under way, have the servers forget the shared memory, and hang up."""
         with signals_held_back():
+            self._give_up_requests()
             self._drop_slots()
-            for connection in (*self._retired, self.connection):
-                connection.close()
-
-
-def addresses(url: str | Sequence[str]) -> tuple[str, ...]:
-    """One or several addresses as a tuple without repetitions."""
-    listed = (url,) if isinstance(url, str) else tuple(url)
-    return tuple(dict.fromkeys(listed))
+            self.pool.close()

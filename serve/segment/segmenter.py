@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.segment.bands import Job, band_of, turned, turned_back
-from serve.segment.connection import ClientError
-from serve.segment.dispatch import Batch, Dispatcher, Settings, addresses
-from serve.segment.slots import SHARED_MEMORY
+from serve.segment.dispatch import Batch, Dispatcher
+from serve.segment.errors import ClientError
+from serve.segment.settings import DEFAULT_URL, Settings
 from unet.geometry import HALO, TilePlan, cheapest_tile_size, gather, mirrored_indices, plan_tiles
 from unet.intensity import Window, to_uint8
 
 if TYPE_CHECKING:
-    from serve.segment.connection import Interface, Tls
+    from serve.segment.connection import Interface
     from unet.geometry import Tile
 
 VIEWS = 8
@@ -77,69 +77,40 @@ class Segmenter:
         with Segmenter() as segmenter:
             probability = segmenter.segment_slice(image)
 
-    A request that got no answer is sent again where that can help: to a server whose queue was full, to one that came
-    back, to the next address. After an error it can be used again.
+    Several servers share the load. A request that got no usable answer is sent again where that can help: to a server
+    whose queue was full, to one that came back, to another one. After an error it can be used again.
 
     Attributes:
-        tile_sizes: the tile sizes that the served model takes.
-        max_batch_size: most tiles in one request.
+        settings: how slices are sent.
     """
 
     def __init__(
-        self,
-        url: str | Sequence[str] = "localhost:8001",
-        model_name: str = "unet",
-        model_version: str = "",
-        *,
-        timeout_s: float = 60.0,
-        patience_s: float = 30.0,
-        shared_memory: str = "auto",
-        batch_size: int = 1,
-        in_flight: int = 4,
-        tta: bool = False,
-        tls: Tls | None = None,
+        self, url: str | Sequence[str] = DEFAULT_URL, model_name: str = Settings.model_name, **options: Any
     ) -> None:
         """Connect and ask for the model's interface.
 
         Args:
-            url: host and port of the server's gRPC; of several the first that answers is used, the next when it fails.
-            model_name: the model.
-            model_version: its version; empty for the newest.
-            timeout_s: longest wait for one answer.
-            patience_s: how long a server that went away is waited for.
-            shared_memory: "auto" hands pixels over in shared memory where the server is on this machine and takes it;
-                "on" insists, "off" sends them, "cuda" insists on memory of the GPU that both sides use.
-            batch_size: tiles of one slice in one request, at most.
-            in_flight: requests under way at a time.
-            tta: test-time augmentation: the mean of the answers to eight views of each tile, turned and mirrored;
-                it takes eight times as long.
-            tls: certificates, for servers that encrypt; a connection is plain without.
+            url: host and port of the server's gRPC, or of several servers, which share the load.
+            model_name: the served model.
+            **options: the other attributes of `settings.Settings` by name, such as ``timeout_s`` or ``tls``.
 
         Raises:
             ClientError: if no server answers, it does not serve the model, or the model has another interface.
         """
-        if shared_memory not in SHARED_MEMORY:
-            raise ClientError(f"shared_memory {shared_memory!r} is not one of {', '.join(SHARED_MEMORY)}")
-        if batch_size < 1 or in_flight < 1 or timeout_s <= 0 or patience_s < 0:
-            raise ClientError(
-                "batch_size and in_flight must be at least 1, timeout_s positive, patience_s not negative"
-            )
-        self._batch_size, self._in_flight, self._views = batch_size, in_flight, VIEWS if tta else 1
-        settings = Settings(
-            addresses(url), model_name, model_version, timeout_s, patience_s, shared_memory, in_flight, tls
-        )
-        if not settings.urls:
-            raise ClientError("there is no server to connect to: name one with --url")
-        self._dispatcher = Dispatcher(settings)
-        self.tile_sizes, self.max_batch_size = self.interface.tile_sizes, self.interface.max_batch_size
-        if batch_size > self.max_batch_size:
+        self.settings = Settings.of(url, {"model_name": model_name, **options})
+        self._views = VIEWS if self.settings.tta else 1
+        self._dispatcher = Dispatcher(self.settings)
+        if self.settings.batch_size > self.interface.max_batch_size:
             self.close()
-            raise ClientError(f"a batch of {batch_size} is more than the {self.max_batch_size} that {model_name} takes")
+            raise ClientError(
+                f"a batch of {self.settings.batch_size} is more than the {self.interface.max_batch_size} that "
+                f"{self.settings.model_name} takes"
+            )
 
     @property
     def interface(self) -> Interface:
         """What the served model takes, and which version it is."""
-        return self._dispatcher.interface
+        return self._dispatcher.pool.interface
 
     @property
     def probability_dtype(self) -> np.dtype[Any]:
@@ -151,14 +122,9 @@ class Segmenter:
         """How many requests were sent once more."""
         return self._dispatcher.resent
 
-    @property
-    def uses_shared_memory(self) -> bool:
-        """Whether pixels travel in shared memory; known once a slice was segmented."""
-        return bool(self._dispatcher.slots) and self._dispatcher.slots[0].memory != "none"
-
     def plan(self, height: int, width: int) -> TilePlan:
         """The cheapest cover of a slice that the served model allows."""
-        return plan_tiles(height, width, cheapest_tile_size(height, width, self.tile_sizes))
+        return plan_tiles(height, width, cheapest_tile_size(height, width, self.interface.tile_sizes))
 
     def segment_slice(self, image: npt.NDArray[Any], window: Window | None = None) -> npt.NDArray[np.float32]:
         """The probability of "not membrane" of one slice: uint8 [H, W] to float32 [H, W].
@@ -212,12 +178,13 @@ class Segmenter:
             ClientError: if the server does not answer or refuses.
         """
         works: deque[_Work] = deque()
+        ahead = self.settings.in_flight * len(self.settings.urls)
         try:
             for job in jobs:
                 works.append(self._begin(job, window))
                 self._submit(works[-1])
                 # One request that takes long must not let finished slices pile up behind it.
-                while works and (works[0].done or len(works) > self._in_flight):
+                while works and (works[0].done or len(works) > ahead):
                     yield self._finished(works)
             while works:
                 yield self._finished(works)
@@ -234,11 +201,12 @@ class Segmenter:
     def _submit(self, work: _Work) -> None:
         size = work.job.tile_size
         tiles = [(tile, view) for tile in work.job.band.tiles for view in range(self._views)]
-        for first in range(0, len(tiles), self._batch_size):
-            part = tiles[first : first + self._batch_size]
+        batch_size = self.settings.batch_size
+        for first in range(0, len(tiles), batch_size):
+            part = tiles[first : first + batch_size]
             batch = Batch(len(part), partial(work.fill, part), partial(work.accept, part))
             work.batches.append(batch)
-            self._dispatcher.submit(batch, (self._batch_size, 1, size, size))
+            self._dispatcher.submit(batch, (batch_size, 1, size, size))
 
     def _finished(self, works: deque[_Work]) -> tuple[Job, npt.NDArray[Any]]:
         self._dispatcher.wait_for(lambda: works[0].done)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.segment.connection import ClientError
+from serve.segment.errors import ClientError
 from serve.volume.partial import checksum
 from unet.errors import UnetError
 from unet.volume import ZarrCanvas, ZarrStack

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from serve.segment.connection import ClientError
+from serve.segment.errors import ClientError
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
 from unet.volume.opening import beside
 from unet.volume.overlay import membrane_overlay

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from serve.segment.connection import ClientError
+from serve.segment.errors import ClientError
 from unet.volume.tiff.canvas import write_all
 
 if sys.platform != "win32":

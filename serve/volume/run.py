@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from serve.segment.bands import Band, Job, bands_of
-from serve.segment.connection import ClientError
+from serve.segment.errors import ClientError
 from serve.volume.outputs import Output, OutputSettings, stem_of, target_of
 from serve.volume.partial import Partial, RawStore, Store
 from unet import __version__

@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.segment.connection import ClientError
+from serve.segment.errors import ClientError
 from unet.errors import warn
 from unet.volume.opening import holds_slices, is_volume, made_here
 

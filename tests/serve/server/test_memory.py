@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
 from serve.segment.connection import Connection
-from serve.segment.slots import SharedSlot
+from serve.segment.slot import SharedSlot
 from serve.server.process import TritonServer
 from tests.serve.conftest import TILE_SIZES, enter_engine
 from tests.serve.server.conftest import ROOT, MakeSettings, finish, infer, state_of, until
@@ -162,7 +162,7 @@ HOLD_SHARED_MEMORY = """
 import sys
 import time
 from serve.segment.connection import Connection
-from serve.segment.slots import SharedSlot
+from serve.segment.slot import SharedSlot
 
 slot = SharedSlot(Connection(sys.argv[1], "unet", "", 10), (1, 1, 204, 204))
 print("registered", flush=True)
