@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import onnx
+    from numpy.typing import NDArray
 
     from unet.card.records import Proof
 
@@ -259,9 +260,9 @@ def _add_engine(
 ) -> None:
     folder = card.folder
     files = {ONNX: folder / ONNX_FILE, HALF: folder / HALF_FILE}
-    if _considers_int8(config, evidence):
+    calibration = training_tiles(source, config.tile_sizes[0]) if config.int8 is not False else []
+    if _considers_int8(config, evidence, calibration):
         files[INT8] = folder / INT8_FILE
-        calibration = training_tiles(source, config.tile_sizes[0])
         quantise(files[ONNX], calibration, files[INT8])
         say(f"{INT8}: calibrated on {len(calibration)} tiles of slices that training saw")
     selection = choose_engine(files, evidence, say)
@@ -281,10 +282,10 @@ def _add_engine(
         say(f"{WORST}: the slice where the engine differs most, by {difference:.1e} in the mean")
 
 
-def _considers_int8(config: ExportConfig, evidence: Evidence) -> bool:
+def _considers_int8(config: ExportConfig, evidence: Evidence, calibration: Sequence[NDArray[np.uint8]]) -> bool:
     """Whether to quantise, which only the scores of held-out slices can accept."""
     if config.int8 is None:
-        return can_quantise() and evidence.judge is not None
+        return can_quantise() and evidence.judge is not None and len(calibration) > 0
     if config.int8 and evidence.judge is None:
         raise ExportError(
             "INT8 is accepted by the scores of labelled slices that training did not see, and there are none: "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from export.gate.proof import Note
     from export.gate.tiles import Tiles
 
-# Each engine has at least 3 turns, then turns go on up to these.
+# Each engine has at least 3 turns. More follow until one of these limits is reached.
 ROUNDS, SECONDS = 9, 12.0
 UNTIMED = 2
 INT8_CHOICE = EngineChoice("openvino", "int8")
@@ -122,8 +122,8 @@ def _refuse(choice: EngineChoice, error: Exception, refused: dict[str, str]) -> 
 def measure(engines: Mapping[EngineChoice, CpuEngine], tiles: Tiles) -> dict[EngineChoice, float]:
     """Tiles of the first size per second, one at a time: the median of rounds in which each engine has its turn.
 
-    Turns make them share whatever else the machine does meanwhile. A turn's first two passes are not timed: they
-    find the caches full of another engine's weights, and ONNX Runtime's threads still spinning.
+    In turns, all engines suffer alike from what else the machine does. The first two passes of a turn are not timed:
+    the caches hold another engine's weights then, and ONNX Runtime's threads may still spin.
     """
     tile = tiles.batches[0][:1]
     times: dict[EngineChoice, list[float]] = {choice: [] for choice in engines}

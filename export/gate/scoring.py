@@ -1,7 +1,7 @@
 """The gate in the task's own terms: the scores of whole held-out slices, before and after a step.
 
-A small difference of probabilities can open a membrane and merge two cells. So where labels are known of slices that
-training did not see, a step must also keep V_rand and V_info.
+A small difference of probabilities can open a membrane and merge two cells. If there are labels of slices that training
+did not see, a step must also keep V_rand and V_info.
 """
 
 from __future__ import annotations

@@ -146,8 +146,7 @@ def keep_plan(
                     "build it with their build_plan.sh"
                 )
             evidence = gather_evidence(card, source, runner.max_batch_size)
-            parents = dict.fromkeys((ONNX, HALF), HALF_ARITHMETIC)
-            on = gpu_device(device.compute_capability)
+            parents, on = dict.fromkeys((ONNX, HALF), HALF_ARITHMETIC), gpu_device(device.compute_capability)
             step = Step(PLAN, aside, runner.infer, HALF_ARITHMETIC, parents, serves=True, device=on)
             proof = prove(step, evidence, report)
             facts = plan_facts(card, runner, device)

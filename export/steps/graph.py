@@ -1,4 +1,4 @@
-"""What an exported graph may hold, and reading its parts."""
+"""What an exported graph may contain, and how its parts are read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 OPSET = 17
 LOGITS = "logits"
 
-# All are in the operator lists of TensorRT 10.4 and of OpenVINO. What moves data about (Transpose) or
-# computes shapes while running (Shape, Loop, If, Gather, Pad ...) is a sign of a conversion that went astray.
+# All are in the operator lists of TensorRT 10.4 and of OpenVINO. Operators that move data
+# (Transpose) or compute shapes at run time (Shape, Loop, If, Gather, Pad ...) show that the conversion went wrong.
 ALLOWED_OPS = frozenset(
     {"Cast", "Concat", "Conv", "DepthToSpace", "MaxPool", "Mul", "Relu", "Sigmoid", "Slice", "Softmax", "Sub"}
 )

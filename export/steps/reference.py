@@ -24,20 +24,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# No GPU, and no float32 that is multiplied as bfloat16 because a user's environment allows it.
-_EXACT = {"CUDA_VISIBLE_DEVICES": "-1", "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT"}
 SIGNATURES = ("serving_default", "network")
 
 
 def import_tensorflow() -> Any:
-    """TensorFlow on the CPU, deterministic, in float32 throughout, without its start-up chatter.
+    """TensorFlow on the CPU, deterministic, without its start-up chatter.
 
     Raises:
         ExportError: it is not installed, or was already started on a GPU in this process.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.update(_EXACT)
-    os.environ.pop("TF_SET_ONEDNN_FPMATH_MODE", None)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     try:
         import tensorflow as tf
     except ImportError as error:

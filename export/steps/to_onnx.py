@@ -56,9 +56,10 @@ def convert(saved_model: str | os.PathLike[str]) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def _copies_collected() -> Iterator[None]:
-    """Free the copies of all weights that tf2onnx makes for each of its optimizers, some 30 of them, as they are left.
+    """Free the copies of all weights that tf2onnx makes for each of its some 30 optimizers.
 
-    They are few objects in cycles, which Python alone would not look for: 8 GB with 64 filters.
+    They are held in reference cycles of few objects, for which Python does not start its collector: 8 GB with 64
+    filters.
     """
     from tf2onnx.optimizer.optimizer_base import GraphOptimizerBase
 
@@ -68,7 +69,7 @@ def _copies_collected() -> Iterator[None]:
         gc.collect()
         return optimize(self, graph, iteration)
 
-    # What is there already, TensorFlow's hundreds of thousands of objects, need not be looked through each time.
+    # The collector need not look through TensorFlow's hundreds of thousands of objects each time.
     gc.freeze()
     GraphOptimizerBase.optimize = collect_and_optimize
     try:
@@ -80,10 +81,10 @@ def _copies_collected() -> Iterator[None]:
 
 
 def _drop_last_reshapes(model: onnx.ModelProto) -> None:
-    """Remove what stands at the end for the transposition of a single plane, which is none.
+    """Remove the operators at the end that transpose a single plane, which changes nothing.
 
-    It is one Reshape, but for the times, one in hundreds and for a reason not found, when tf2onnx leaves the four that
-    it is made of.
+    Usually it is one Reshape. In one of some hundred conversions tf2onnx leaves the four operators that it merges
+    otherwise; the reason was not found.
     """
     graph = model.graph
     producers = {output: node for node in graph.node for output in node.output}
@@ -126,7 +127,7 @@ def _name_everything(model: onnx.ModelProto) -> None:
 
 
 def _layer(*paths: str) -> str:
-    """The first Keras layer that TensorFlow's paths name, with a slash; empty where none does."""
+    """The first Keras layer in TensorFlow's paths, with a slash; empty if there is none."""
     for path in paths:
         layers = [part for part in path.split("/")[:-1] if "PartitionedCall" not in part and part != "unet"]
         if layers:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -288,6 +289,17 @@ def test_8_bits_are_considered_without_a_flag_where_labels_can_judge_them(
     assert card.engine.proof is not None
     assert card.engine.proof.scores is not None
     assert card.engine.img_per_s >= card.fallback.img_per_s
+
+
+def test_without_slices_that_training_saw_8_bits_are_not_considered(
+    labelled: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(labelled[0], tmp_path / "result"))
+    write_json(model / "config.json", {"held_out": {"train-volume.tif": [0, 1, 2, 3]}})
+    assert export(model, tmp_path / "out", "--data_dir", labelled[1]) == 0
+    assert "openvino int8" not in Card.load(tmp_path / "out").model["engines_img_per_s"]
+    assert export(model, tmp_path / "out", "--data_dir", labelled[1], "--int8") == 2
+    assert "there are no tiles to calibrate INT8 on" in capsys.readouterr().err
 
 
 def test_without_labels_8_bits_are_not_considered(artefacts: Path) -> None:
