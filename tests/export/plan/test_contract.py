@@ -139,7 +139,8 @@ def test_a_plan_is_proven_where_it_is_built_and_only_then_published(
     assert against[:2] == [("plan", "onnx"), ("plan", "onnx_fp16")]
     assert ("plan, batches of 1 to 16 tiles of 300", "onnx_fp16") in against
     assert entry.facts["max_batch_size"] == 16
-    assert f"| model.plan | `{entry.sha256[:12]}` | onnx_fp16 |" in (artefacts / "card.md").read_text()
+    page = (artefacts / "card.md").read_text()
+    assert re.search(rf"\| model\.plan +\| `{entry.sha256[:12]}` +\| onnx_fp16 +\|", page)
     version = publish(artefacts, tmp_path / "models", ModelSettings(profile="v100"))
     assert (version.path / "model.plan").read_bytes() == (artefacts / "model.plan").read_bytes()
 
@@ -244,7 +245,7 @@ def test_the_report_of_a_gpu(cuda: Cuda, artefacts: Path, data_dir: Path, capsys
     assert report_main(line) == 0
     text = (artefacts / "gpu_report.md").read_text()
     assert text.startswith("# The plan on Tesla V100-SXM2-16GB")
-    assert text.count("\n| 284 |") == text.count("\n| 300 |") == 3
+    assert len(re.findall(r"\n\| +284 \|", text)) == len(re.findall(r"\n\| +300 \|", text)) == 3
     assert "plan, batches of 1 to 16 tiles of 284 against onnx_fp16" in text
     assert text in capsys.readouterr().out
 
