@@ -24,7 +24,7 @@ BUILD_S, INSTALL_S = 75, 3
 CMAKE = """#!/bin/sh
 case "$1" in
 --version) exec cmake "$@" ;;
---build) exec cmake "$@" --target tensorflow ;;
+--build) shift; folder=$1; shift; exec cmake --build "$folder" --target tensorflow "$@" ;;
 *) exec cmake "$@" "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O2 -DNDEBUG" ;;
 esac
 """

@@ -35,7 +35,8 @@ def test_only_the_library_for_tensorflow_is_built(tmp_path: Path) -> None:
     assert "cmake version" in subprocess.run([cmake, "--version"], capture_output=True, text=True, check=True).stdout
     # As Horovod's setup.py calls it.
     subprocess.run([cmake, "..", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"], cwd=build, check=True, capture_output=True)
-    subprocess.run([cmake, "--build", ".", "--config", "RelWithDebInfo"], cwd=build, check=True, capture_output=True)
+    line = [cmake, "--build", ".", "--config", "RelWithDebInfo", "--", "VERBOSE=1"]
+    subprocess.run(line, cwd=build, check=True, capture_output=True)
     assert [path.name for path in build.glob("*.so")] == ["libtensorflow.so"]
     sections = subprocess.run(["objdump", "-h", build / "libtensorflow.so"], capture_output=True, text=True, check=True)
     assert ".debug_info" not in sections.stdout
