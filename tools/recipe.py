@@ -12,7 +12,7 @@ FLAGS = {
     "batch_size": "2",
     "base_filters": "16",
     "tile_size": "444",
-    "max_steps": "1600",
+    "max_steps": "1200",
     "optimizer": "adam",
     "learning_rate": "0.001",
     "lr_schedule": "cosine",
