@@ -10,7 +10,7 @@ PROFILE ?= cpu
 
 HOROVOD := 0.28.1
 TORCH := torch==2.13.0
-EXTRAS := train,export,serve,zarr,hdf5,mrc,dask,int8,dev
+EXTRAS := train,export,serve,zarr,hdf5,mrc,dask,int8,docs,dev
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton
 LOGS := .cache/install
 
@@ -150,8 +150,7 @@ types: install  ## mypy
 
 .PHONY: docs
 docs: install  ## the documentation as a site, in site/
-	@$(INSTALL) --editable '.[docs]'
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 .PHONY: constraints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -50,3 +51,9 @@ def test_what_is_missing_is_named_in_one_sentence(
 def test_nothing_missing_is_silent(project_root: Path, tmp_path: Path) -> None:
     done = check_tools(project_root, tmp_path, ["g++", "cmake"], f"PYTHON={sys.executable}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_lock_is_the_constraints_with_hashes(project_root: Path) -> None:
+    lock = (project_root / "constraints.lock").read_text(encoding="utf-8")
+    plain = re.sub(r" \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", "\n", lock)
+    assert plain == (project_root / "constraints.txt").read_text(encoding="utf-8"), "run `make constraints`"
