@@ -61,6 +61,7 @@ USUAL_S = {
 # These wait for a clock, not for the processor.
 CLOCKED = ("benchmark", "start Triton", "stop Triton")
 
+QUICK_EXPORT = ("--tile_sizes", "572", "--no_int8")
 BENCHMARK = ("--seconds", "3")
 QUICK_BENCHMARK = ("--seconds", "1", "--rounds", "1", "--batch_sizes", "1", "--slices", "4")
 
