@@ -18,7 +18,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 def commands_of(page: Path) -> list[list[str]]:
     """The words of each of our own programs' calls, from the program on."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = [shlex.split(line) for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [words[words.index("python") + 1 :] for words in lines if "python" in words]
 
 
