@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from serve.server.settings import ServerSettings, read_admin_key
 from serve.server.state import load_state
 from tests.serve.conftest import TILE_SIZES, cropping_model, enter_engine
 from unet.card import Card, CardError
-from unet.card.records import Proof
+from unet.card.records import Engine, Proof
 from unet.files import sha256_of
 from unet.processes import free_ports
 
@@ -394,3 +394,22 @@ def test_loading_needs_a_server_with_model_control(
         assert main([*arguments, "--state_dir", str(state_dir)]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
+
+
+def test_a_server_without_the_instructions_of_the_proof_serves_in_float32_and_says_so(
+    tiny_artefacts: Path,
+    settings_for: Callable[..., ServerSettings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(shutil.copytree(tiny_artefacts, tmp_path / "artefacts"))
+    card = Card.load(folder)
+    proof = Proof(sha256_of(folder / "model.fp16.onnx"), "cpu", ("avx2", "avx512", "vnni"))
+    card.engine = Engine("openvino", "int8", "model.fp16.onnx", 2.0, proof)
+    card.save()
+    publish(folder, tmp_path / "models", ModelSettings())
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with TritonServer(settings_for(tmp_path / "models")) as server:
+        log = server.settings.log.read_text()
+    assert log.count("openvino int8 was proven on a CPU with avx2, avx512, vnni, this one has avx2") == 1
+    assert "onnxruntime f32 serves instead; export on this machine for the fastest engine" in log
