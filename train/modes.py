@@ -23,7 +23,7 @@ from train.model.initial import load_initial
 from train.model.network import build_unet
 from train.model.saved_model import write_saved_model
 from train.run.cluster import Cluster, join_cluster
-from train.run.folder import DEFAULT_THRESHOLD, Run
+from train.run.folder import Run
 from train.run.log import RunLog
 from train.run.room import require_room
 from train.scoring import tally
@@ -164,14 +164,13 @@ def _finish(config: TrainConfig, run: Run, log: RunLog, step: int) -> None:
     target = run.folder / "saved_model"
     write_saved_model(model, target)
     best = run.best().newest
-    scores = dict(best[1]) if best else {}
-    scores.pop("step", None)
+    scores = {name: value for name, value in (best[1] if best else {}).items() if name not in ("step", "threshold")}
     run.write(
         trained={
             "steps": step,
             "weights": weights,
             "weights_step": weights_step,
-            "threshold": scores.pop("threshold", DEFAULT_THRESHOLD),
+            "threshold": run.threshold,
             "threshold_from": "validation" if best else "default",
             "validation_scores": scores,
         }

@@ -214,6 +214,8 @@ def _divide(slices: Sequence[Slice], split: StackSplit, data: Data) -> None:
         data.training.append(item)
     for items in (data.training, data.validation, data.held_out):
         items[:] = [item for item in items if item.annotated]
+        for item in items:
+            item.release()
 
 
 def _cut(item: Slice, rows: tuple[int, int] | None) -> Slice:

@@ -47,11 +47,15 @@ class Slice:
     def release(self) -> None:
         """Let the system take back the memory of what was read from files; it is read again when it is needed."""
         for plane in (self.image, self.label, self.border):
-            base: Any = plane
-            while isinstance(base, np.ndarray):
-                base = base.base
-            if isinstance(base, mmap.mmap):
-                base.madvise(mmap.MADV_DONTNEED)
+            _release(plane)
+
+
+def _release(plane: npt.NDArray[Any] | None) -> None:
+    base: Any = plane
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def planes(shape: tuple[int, ...], dtype: npt.DTypeLike, *, in_memory: bool) -> npt.NDArray[Any]:
@@ -105,11 +109,13 @@ def load_stack(
             for row0 in range(0, reader.height, step):
                 row1 = min(reader.height, row0 + step)
                 images[page, row0:row1] = windows.apply(page, reader.rows(page, row0, row1))
+            _release(images)
     for note in windows.notes:
         warn(note)
     labels = planes(shape, np.uint8, in_memory=in_memory)
     for page, row0, rows in label_blocks(pair[1], options):
         labels[page, row0 : row0 + len(rows)] = rows
+        _release(labels)
     borders = planes(shape, np.float16, in_memory=in_memory) if border_weight > 0 else None
     slices = [
         Slice(f"{pair[0].name}[{page}]", images[page], labels[page], None if borders is None else borders[page])

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 RECORD = "config.json"
 DEFAULT_THRESHOLD = 0.5
 _LOCK = ".lock"
+LOGGER = logging.getLogger(__name__)
 # Settings that are about one command, and not about the run that it continues or scores.
 _OF_A_COMMAND = ("exec_mode", "benchmark", "resume", "tta", "preview_augmentation", "model_dir")
 
@@ -53,8 +55,9 @@ class Run:
 
     @property
     def threshold(self) -> float:
-        """The threshold that was chosen on the validation part, or 0.5 if none was."""
-        return float(self.record.get("trained", {}).get("threshold", DEFAULT_THRESHOLD))
+        """The threshold at which the best weights scored best on the validation part, or 0.5 if there are none."""
+        best = self.best().newest
+        return DEFAULT_THRESHOLD if best is None else float(best[1]["threshold"])
 
     def checkpoints(self, **objects: Any) -> Checkpoints:
         """The checkpoints that a run resumes from."""
@@ -151,11 +154,13 @@ class Run:
         descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(descriptor)
             raise TrainError(
                 f"another process trains in {self.folder}: wait for it, or choose another --model_dir"
             ) from error
+        except OSError:
+            LOGGER.warning("the file system of %s knows no locks: do not train twice in it at once", self.folder)
         for inner in (self.folder, self.folder / "checkpoints", self.folder / "best"):
             remove_abandoned(inner)
         return descriptor

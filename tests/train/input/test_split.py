@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +166,39 @@ def test_several_stacks_and_uint16(tiny: Make, write: Callable[..., Path]) -> No
     assert all(item.image.dtype == np.uint8 and item.image.shape == item.label.shape for item in training)
     # The window of the 12-bit stack fills the range.
     assert max(item.image.max() for item in training if item.name.startswith("b")) == 255
+
+
+LOAD = """
+import resource, sys
+from pathlib import Path
+from train.input.store import load_stack
+from unet.volume import LabelOptions
+
+folder = Path(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+load_stack((folder / "train-volume.tif", folder / "train-labels.tif"), LabelOptions(), 0.0, in_memory=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_the_memory_of_loading_does_not_grow_with_the_stack(tmp_path: Path, project_root: Path) -> None:
+    grown_mib = []
+    for pages in (10, 100):
+        folder = tmp_path / str(pages)
+        folder.mkdir()
+        for kind in ("volume", "labels"):
+            stack = tifffile.memmap(folder / f"train-{kind}.tif", shape=(pages, 1000, 1000), dtype=np.uint8)
+            stack[:, :, ::4] = 1
+            stack[:, :, 1::4] = 1
+            stack[:, :, 2::4] = 1
+            stack.flush()
+        line = [sys.executable, "-c", LOAD, str(folder)]
+        environment = {**os.environ, "PYTHONPATH": str(project_root), "TMPDIR": str(tmp_path)}
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        grown_mib.append(int(done.stdout))
+    # The planes of the second stack are 171 MiB larger.
+    assert grown_mib[1] < grown_mib[0] + 30
 
 
 def test_planes_in_a_file_are_those_in_memory(phantom_dir: Path) -> None:

@@ -85,6 +85,13 @@ def test_scores_leave_out_what_nobody_annotated() -> None:
         score_stack(proposal, np.full_like(TRUTH, NOT_ANNOTATED))
 
 
+def test_what_nobody_annotated_joins_no_segments() -> None:
+    label = np.ones((1, 12, 30), np.uint8)
+    label[:, :, 12:18] = NOT_ANNOTATED
+    scores = score_stack(np.ones(label.shape, np.float32), label)
+    assert (scores.best_v_rand, scores.best_v_info) == (1, 1)
+
+
 @pytest.mark.parametrize(("width", "columns"), [(1, [3]), (2, [3, 4]), (3, [2, 3, 4]), (4, [2, 3, 4, 5])])
 def test_membrane_lies_between_ids(tmp_path: Path, width: int, columns: list[int]) -> None:
     expected = np.ones(IDS.shape, np.uint8)
