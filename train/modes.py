@@ -127,7 +127,7 @@ def _starting_point(config: TrainConfig, run: Run, trainer: Trainer) -> int:
         open_volume(find_test(config.data_dir)).close()
     require_room(run, trainer.model.variables, trainer.variables)
     checkpoints = run.checkpoints(model=trainer.model, optimizer=trainer.optimizer)
-    if config.resume and checkpoints.exist():
+    if config.resume and checkpoints.names():
         return checkpoints.restore()
     if config.init_from:
         say(f"starting from {load_initial(config.init_from, trainer.model)}")
@@ -214,7 +214,7 @@ def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
     for (height, width), items in by_shape.items():
         scores = tally(predict, items)
         kind = "held-out" if data.held_out else "training"
-        chosen_on = "the validation slices" if run.best().exist() else "no slices"
+        chosen_on = "the validation slices" if run.best().names() else "no slices"
         target = run.folder / "eval" / f"scores-{height}x{width}.json"
         record = {"slices": len(items), "held_out": bool(data.held_out), **scores.as_dict(run.threshold)}
         text = (

@@ -77,7 +77,7 @@ def fit() -> Callable[..., list[npt.NDArray[Any]]]:
 
         run, trainer = Run(config.model_dir), Trainer(config, Cluster())
         checkpoints = run.checkpoints(model=trainer.model, optimizer=trainer.optimizer)
-        first = checkpoints.restore() if config.resume and checkpoints.exist() else 0
+        first = checkpoints.restore() if config.resume and checkpoints.names() else 0
         with contextlib.closing(RunLog(config.model_dir, active=True)) as log, run.locked():
             run.write(settings=dataclasses.asdict(config))
             log.rewind(first)

@@ -75,6 +75,8 @@ def planes(shape: tuple[int, ...], dtype: npt.DTypeLike, *, in_memory: bool) -> 
             # All of it now: a disk that fills under a mapped file kills the process.
             os.posix_fallocate(stream.fileno(), 0, size)
         except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"the decoded slices in {folder}") from error
         return np.memmap(stream, dtype, "r+", shape=shape)
 

@@ -125,7 +125,7 @@ class Checkpoints:
         write_state(self.folder / name, self._objects, {"step": step, **facts})
         with naming_a_full_disk(self.folder / "latest.json"):
             write_json(self.folder / "latest.json", {"checkpoint": name, "step": step})
-        for old in self._names()[self._kept :]:
+        for old in self.names()[self._kept :]:
             shutil.rmtree(self.folder / old)
 
     def restore(self, *, partial: bool = False) -> int:
@@ -137,7 +137,7 @@ class Checkpoints:
         Raises:
             TrainError: if there is none.
         """
-        for name in self._names():
+        for name in self.names():
             facts = facts_of(self.folder / name)
             if facts is None:
                 LOGGER.warning("%s is damaged: falling back to the checkpoint before it", self.folder / name)
@@ -158,13 +158,9 @@ class Checkpoints:
     @property
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The folder and the facts of the newest whole checkpoint, None if there is none."""
-        found = ((self.folder / name, facts_of(self.folder / name)) for name in self._names())
+        found = ((self.folder / name, facts_of(self.folder / name)) for name in self.names())
         return next(((folder, facts) for folder, facts in found if facts is not None), None)
 
-    def exist(self) -> bool:
-        """Whether there is any, whole or not."""
-        return bool(self._names())
-
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
         """The checkpoints there are, newest first."""
         return sorted((path.name for path in self.folder.glob("step-*")), reverse=True)

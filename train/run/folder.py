@@ -44,6 +44,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.record: dict[str, Any] = {}
+        self._seen: list[str] | None = None
         if self.path.exists():
             read_settings(self.path)  # which says what is wrong with it
             self.record = json.loads(self.path.read_text(encoding="utf-8"))
@@ -88,7 +89,8 @@ class Run:
             TrainError: if the folder holds another run, or the command contradicts a fact of this one.
         """
         asked = config_of(given)
-        used = self.checkpoints().exist()
+        self._seen = self.checkpoints().names()
+        used = bool(self._seen)
         if asked.trains and not asked.resume:
             if used:
                 raise TrainError(
@@ -161,6 +163,9 @@ class Run:
             ) from error
         except OSError:
             LOGGER.warning("the file system of %s knows no locks: do not train twice in it at once", self.folder)
+        if self._seen not in (None, self.checkpoints().names()):
+            os.close(descriptor)
+            raise TrainError(f"another process trained in {self.folder} meanwhile: run the command again")
         for inner in (self.folder, self.folder / "checkpoints", self.folder / "best"):
             remove_abandoned(inner)
         return descriptor

@@ -84,6 +84,14 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_that_another_process_trained_meanwhile_is_looked_at_again(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.configure({"exec_mode": "train"})
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(TrainError, match=r"another process trained in .* meanwhile"), run.locked():
+        pass
+
+
 def test_everything_is_checked_before_the_first_step(phantom_dir: Path, tmp_path: Path, main: Main) -> None:
     data = tmp_path / "data"
     data.mkdir()
