@@ -132,7 +132,7 @@ class Bench:
         tables.draw(settings.out, self.rows)
 
     def check(self) -> None:
-        """Tell whether everything was measured that should have been.
+        """Check that everything was measured.
 
         Raises:
             MeasureError: something failed; what was measured is kept.
@@ -150,7 +150,7 @@ class Bench:
         levels: list[Level] = [] if infer is None else [EngineLevel(infer, meter)]
         levels.append(TritonLevel(Slot, *where, meter))
         kind = slot_for(settings.url, settings.shared_memory)
-        # Where no memory can be shared this would be the level before once more.
+        # Without shared memory this would be the same level as the one before.
         if kind is not Slot:
             levels.append(TritonLevel(kind, *where, meter))
         if settings.perf_analyzer:
@@ -182,13 +182,13 @@ class Bench:
                 self.rows += [] if row is None else [row]
 
     def _attempt(self, name: str, run: Callable[[], Any]) -> Any:
-        """The result, or None where it fails: the reason is noted, and what was measured before is not lost."""
+        """The result, or None if it fails: the reason is noted, and earlier results stay."""
         try:
             return run()
         except Exception as error:  # whatever it is, it must not cost the other rows
             said = str(error) if isinstance(error, UnetError) else f"{type(error).__name__}: {error}"
             self.not_measured[name] = said
-            # perf_analyzer is a second opinion, without which the others still count.
+            # perf_analyzer is only a second opinion.
             if not name.startswith(PERF_ANALYZER):
                 self.lost.append(name)
             return None

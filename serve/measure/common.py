@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Where `make demo` leaves what it makes.
 DEMO = Path("demo")
-# A percentile of fewer requests than this is decided by a handful of them, so it is not given.
+# With fewer requests than this, a few of them decide the percentile, so it is not given.
 LEAST_REQUESTS = {50: 1, 90: 50, 95: 100, 99: 1000}
 
 
@@ -25,7 +25,7 @@ class MeasureError(UnetError):
 
 
 def own_or_demo(path: Path, usual: str) -> Path:
-    """What to read: a path, but where it is the usual one and does not exist, what ``make demo`` made.
+    """The path to read; if it is the usual one and does not exist, the one that ``make demo`` made.
 
     Args:
         path: what was asked for.

@@ -78,7 +78,7 @@ class FigureSettings:
 
 @contextlib.contextmanager
 def by_the_engine(*urls: str) -> Iterator[None]:
-    """A measurement that counts only if the engine answered, and not a response cache.
+    """A measurement that counts only if the engine gave the answers, not a response cache.
 
     Raises:
         MeasureError: at the end, if a cache answered.

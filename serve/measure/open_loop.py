@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from serve.measure.perf_analyzer import PerfAnalyzer
     from serve.segment.connection import Connection
 
-# More requests than this on their way at once mean that the server is far behind; the rest is not sent.
+# If more requests than this are in flight, the server is far behind, and the rest is not sent.
 MOST_IN_FLIGHT = 500
-# A rate is kept if at least this share of it was answered between the first arrival and the last answer.
+# The server keeps up if answers come at no less than this share of the rate of the arrivals.
 _KEPT = 0.95
 
 # Takes the keywords ``result`` and ``error``, one of them None, from any thread.
@@ -39,7 +39,7 @@ Send = Callable[[Receive], object]
 
 @dataclass(frozen=True)
 class OpenLoad:
-    """What a server made of requests that arrived at random.
+    """The result of requests that arrived at random.
 
     Attributes:
         rate: arrivals a second that were asked for.
@@ -80,7 +80,7 @@ def poisson_arrivals(rate: float, requests: int, seed: int = 0) -> npt.NDArray[n
 
 
 class _Answers:
-    """Collects answers from whatever thread brings them."""
+    """Collects answers from any thread."""
 
     def __init__(self, requests: int) -> None:
         self.ended_s = np.full(requests, np.nan)
@@ -90,7 +90,7 @@ class _Answers:
         self.started = time.perf_counter()
 
     def expect(self, index: int) -> Receive:
-        """What takes the answer to one request."""
+        """The function that receives the answer to one request."""
         with self._changed:
             self.in_flight += 1
 
@@ -205,7 +205,7 @@ class SecondOpinion:
 def second_opinion(
     analyzer: PerfAnalyzer, connection: Connection, tile_size: int, rate: float, requests: int
 ) -> SecondOpinion:
-    """Have perf_analyzer send single tiles at random arrivals; what it lacks is said, and nothing is raised.
+    """Let perf_analyzer send single tiles at random arrivals; if it fails, the note says why.
 
     Args:
         analyzer: the program.

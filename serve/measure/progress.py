@@ -17,7 +17,7 @@ _EVERY_S = 10.0
 
 
 class Progress:
-    """Steps done, of so many; what it says goes to standard error, so that results can be piped.
+    """Steps done out of a total. It writes to standard error, so that results can be piped.
 
     On a terminal it is a bar. Elsewhere it is a line at least every ten seconds, also while one step takes longer.
 

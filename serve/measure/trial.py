@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 _LONE_REQUESTS = 15
 _TIMEOUT_S = 300.0
-# Of the capacity, where no rates are given: a quiet server and a busy one.
+# Shares of the capacity, used if no rates are given: a quiet server and a busy one.
 _SHARES = (0.5, 0.8)
-# Of the highest rate: what is beyond costs more latency or memory than it is worth.
+# The share of the highest rate that is enough: the rest costs more latency or memory than it is worth.
 _ENOUGH = 0.95
 
 
@@ -80,7 +80,7 @@ class TrialSettings:
 
 @dataclass(frozen=True)
 class Load:
-    """What single tiles that arrived at random at one rate came to.
+    """The result of single tiles that arrived at random at one rate.
 
     Attributes:
         rate: arrivals a second.
@@ -108,7 +108,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one way of serving came to.
+    """The result of one way of serving.
 
     Attributes:
         settings: of the model.
@@ -164,7 +164,7 @@ def try_out(settings: TrialSettings, model: ModelSettings, rates: Sequence[float
 def _connected(url: str, model: str) -> Iterator[Connection]:
     connection = Connection(url, model, "", _TIMEOUT_S)
     try:
-        # Connecting is not the model's time.
+        # The first call connects, which is not the model's time.
         connection.client.is_server_live()
         yield connection
     finally:

@@ -99,7 +99,7 @@ class Comparison:
                 subject.img_per_s.setdefault(int(size), []).append(rate)
 
     def _groups(self, name: str) -> list[Sequence[int]]:
-        """The batch sizes by process: PyTorch compiles anew for a second shape, and worse, so each has its own."""
+        """The batch sizes by process: each has its own for PyTorch, which compiles a second shape worse."""
         sizes = self.settings.batch_sizes
         return [[size] for size in sizes] if name.startswith("pytorch") else [sizes]
 
@@ -123,7 +123,7 @@ class Comparison:
         )
 
     def finish(self) -> None:
-        """Take the figures from every subject that was not measured in all batches, or whose answer is another."""
+        """Drop the figures of every subject that was not measured in all batches, or whose answer differs."""
         for subject in self.subjects.values():
             if not subject.failure and set(subject.img_per_s) != set(self.settings.batch_sizes):
                 subject.failure = "the run ended before it was measured"

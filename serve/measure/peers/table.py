@@ -1,4 +1,4 @@
-"""What a comparison came to, as Markdown: rates, ratios with their spread, and bars met or missed."""
+"""The result of a comparison as Markdown: rates, ratios with their spread, and bars met or missed."""
 
 from __future__ import annotations
 

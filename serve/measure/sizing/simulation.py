@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 # Shares of all requests at which the time of a batch is kept, and how finely it is drawn between them.
 _SHARES = (0.0, 0.5, 0.9, 0.95, 0.99, 1.0)
 _STEPS = 1000
-# Close to all of its capacity a queue does not settle in any time that can be simulated, nor in one that users wait.
+# Closer to its capacity a queue does not settle in a time that can be simulated or that users wait.
 MOST_BUSY = 0.9
-# Requests that are simulated and not counted: at first the servers are idle.
+# This share of the requests is simulated first and not counted, because the servers start idle.
 _WARM_UP_SHARE = 0.2
 _SECONDS_PER_HOUR = 3600.0
 
@@ -89,7 +89,7 @@ class ServiceTimes:
 
     @property
     def capacity(self) -> float:
-        """Images a second of one server that always has its best batch to do."""
+        """Images a second of one server that always has its best batch."""
         table = self.table()
         means = table.mean(axis=1)
         return float(max((index + 1) / mean for index, mean in enumerate(means)))
