@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from serve.measure.page.charts import COLOURS, MARKERS, line_figure, speed_chart
 from serve.measure.page.report import ReportSettings, speed_section
 from serve.measure.page.truth import UNKNOWN, merges_and_splits, true_segments
 from serve.report import main
+from tests.serve.measure.browser import browser
 
 RNG = np.random.default_rng(4)
 
@@ -62,74 +62,46 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert "python &lt;export&gt;" in text
 
 
-# Moves slider and threshold as a hand would, and leaves in the document what a user would then see.
+# Moves slider and threshold as a hand would, and returns what a user would then see.
 _MOVE = """
-<script>
-window.addEventListener("load", async () => {
-  const seen = [], slider = document.getElementById("slice"), canvas = document.getElementById("overlay");
-  const drawn = () => new Promise((done) => document.addEventListener("drawn", done, { once: true }));
-  const text = (id) => document.getElementById(id).textContent;
-  const at = (name, x, y) => {
-    const context = document.getElementById(name).getContext("2d");
-    return [...context.getImageData(x, y, 1, 1).data].slice(0, 3);
-  };
-  const note = (what) => seen.push({
-    what, number: text("number"), cut: text("cut"), input: document.getElementById("input").src,
-    chart: document.getElementById("scores").src, cursor: document.getElementById("cursor").style.left,
-    membrane: at("overlay", 40, 31), cell: at("overlay", 40, 10),
-    above: at("truth", 40, 10), below: at("truth", 40, 50), line: at("truth", 40, 31),
-    counts: ["merged", "split", "both"].map(text),
-  });
-  for (const value of ["1", "2", "0"]) {
-    slider.value = value;
-    const done = drawn();
-    slider.dispatchEvent(new Event("input", { bubbles: true }));
-    await done;
-    note("slice");
-  }
-  const box = canvas.getBoundingClientRect();
-  for (const share of [0.1, 0.9]) {
-    const done = drawn();
-    const place = { clientX: box.left + share * box.width, clientY: box.top + 5, pointerId: 1, buttons: 1 };
-    canvas.setPointerCapture = () => {};
-    canvas.dispatchEvent(new PointerEvent("pointerdown", place));
-    await done;
-    note("drag");
-  }
-  document.body.insertAdjacentHTML("beforeend", "<pre id='seen'></pre>");
-  document.getElementById("seen").textContent = JSON.stringify(seen);
+const seen = [], slider = document.getElementById("slice"), canvas = document.getElementById("overlay");
+const drawn = () => new Promise((done) => document.addEventListener("drawn", done, { once: true }));
+const text = (id) => document.getElementById(id).textContent;
+const at = (name, x, y) => {
+  const context = document.getElementById(name).getContext("2d");
+  return [...context.getImageData(x, y, 1, 1).data].slice(0, 3);
+};
+const note = () => seen.push({
+  number: text("number"), cut: text("cut"), input: document.getElementById("input").src,
+  chart: document.getElementById("scores").src, cursor: document.getElementById("cursor").style.left,
+  membrane: at("overlay", 40, 31), above: at("truth", 40, 10), below: at("truth", 40, 50), line: at("truth", 40, 31),
+  counts: ["merged", "split", "both"].map(text),
 });
-</script>
-</body>
+for (const value of ["1", "2", "0"]) {
+  slider.value = value;
+  const done = drawn();
+  slider.dispatchEvent(new Event("input", { bubbles: true }));
+  await done;
+  note();
+}
+const box = canvas.getBoundingClientRect();
+canvas.setPointerCapture = () => {};
+for (const share of [0.1, 0.9]) {
+  const done = drawn();
+  const place = { clientX: box.left + share * box.width, clientY: box.top + 5, pointerId: 1, buttons: 1 };
+  canvas.dispatchEvent(new PointerEvent("pointerdown", place));
+  await done;
+  note();
+}
+return seen;
 """
 
 
-def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open a page in a real browser without a network."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium was found: install it (Debian: apt-get install chromium)")
-    common = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-        "--v=0",
-    ]
-    common += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    line = [browser, *common, *options, page.as_uri()]
-    return subprocess.run(line, capture_output=True, text=True, check=True, timeout=120)
-
-
 def test_slices_and_threshold_move_in_a_browser(page: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "moved.html"
-    moved.write_text(page.read_text().replace("</body>", _MOVE))
-    done = browse(moved, tmp_path / "profile", "--window-size=1100,1300", "--dump-dom")
-    assert "Uncaught" not in done.stderr
-    found = re.search(r"<pre id=\"seen\">(.*?)</pre>", done.stdout, re.DOTALL)
-    assert found is not None
-    seen = json.loads(found[1].replace("&amp;", "&"))
+    with browser(tmp_path) as tab:
+        tab.open(page)
+        seen = tab.run(_MOVE)
+        assert tab.errors == []
     slices, (low, high) = seen[:3], seen[3:]
     assert [one["number"] for one in slices] == ["1", "2", "0"]
     means = [np.asarray(Image.open(io.BytesIO(raw(one["input"])))).mean() for one in slices]
@@ -162,20 +134,12 @@ def percent(left: str) -> float:
 
 @pytest.mark.parametrize("width", [1280, 800])
 def test_nothing_is_cut_off_at_this_width(page: Path, tmp_path: Path, width: int) -> None:
-    measured = tmp_path / "measured.html"
-    script = (
-        "<script>window.addEventListener('load', () => { const root = document.documentElement;"
-        "document.body.insertAdjacentHTML('beforeend', `<pre id='wide'>${root.scrollWidth - root.clientWidth} ${"
-        "[...document.querySelectorAll('.chart img')].every((one) => one.naturalWidth > 100)}</pre>`); });"
-        "</script></body>"
-    )
-    measured.write_text(page.read_text().replace("</body>", script))
-    done = browse(measured, tmp_path / "profile", f"--window-size={width},1600", "--dump-dom")
-    assert '<pre id="wide">0 true</pre>' in done.stdout
-    shot = tmp_path / "shot.png"
-    browse(page, tmp_path / "profile", f"--window-size={width},1600", f"--screenshot={shot}")
-    picture = np.asarray(Image.open(shot).convert("L"))
-    assert picture.shape[1] == width
+    with browser(tmp_path) as tab:
+        tab.open(page, width, 1600)
+        tab.run("await Promise.all([...document.images].map((one) => one.decode()))")
+        assert tab.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+        picture = np.asarray(Image.open(io.BytesIO(tab.screenshot())).convert("L"))
+    assert picture.shape == (1600, width)
     assert picture.std() > 5
     # White to the left and right: nothing runs out of the page.
     assert picture[:, [0, 1, -2, -1]].min() == 255
