@@ -11,6 +11,7 @@ from serve.segment.errors import ClientError
 from serve.volume.partial import checksum
 from unet.errors import UnetError
 from unet.volume import ZarrCanvas, ZarrStack
+from unet.volume.opening import split_inner
 
 if TYPE_CHECKING:
     from serve.segment.bands import Band
@@ -61,7 +62,8 @@ def segment_task(place: Place, page: int, band: Band) -> int:
     from serve.volume.run import job_of
 
     turn = place.turns.get(str(_distributed().get_worker().address), 0)
-    with ZarrStack(place.source) as volume, place.work.connect(turn) as segmenter:
+    folder, inner = split_inner(Path(place.source))
+    with ZarrStack(folder, inner=inner) as volume, place.work.connect(turn) as segmenter:
         if repr(segmenter.interface) != place.interface:
             name = place.work.options["model_name"]
             raise ClientError(f"one of {', '.join(place.work.urls)} serves another {name}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -465,6 +467,28 @@ def test_stacks_and_their_labels_are_found_in_every_format(tmp_path: Path) -> No
     labels = [labels_of(path) for path in found]
     assert labels == [tmp_path / "a-labels.tif", tmp_path / "b-labels.zarr", tmp_path / "c.hdf", None]
     assert stacks_in(tmp_path / "nowhere") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_memory_is_flat_over_3000_slices(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole process's memory, with what the formats' own libraries keep."""
+    line = (
+        "import sys; from unet.volume import open_volume; volume = open_volume(sys.argv[1]);"
+        "sum(int(volume.rows(page, 0, volume.height)[0, 0]) for page in range(len(volume)));"
+        "print(len(volume), next(row for row in open('/proc/self/status') if row.startswith('VmHWM')).split()[1])"
+    )
+    peaks = {}
+    for count in (300, 3000):
+        monkeypatch.setattr("tests.unet.volume.test_formats.IDS", np.zeros((count, 2, 2), np.uint64))
+        (tmp_path / str(count)).mkdir()
+        path = FORMATS[name](tmp_path / str(count), np.full((count, 80, 80), 9, np.uint8))
+        done = subprocess.run([sys.executable, "-c", line, str(path)], capture_output=True, text=True, check=True)
+        slices, kib = done.stdout.split()
+        assert int(slices) == count
+        peaks[count] = int(kib) / 1024
+    # The longer stack alone is 18 MiB; HDF5 keeps up to 20 MiB about its chunks, however many there are.
+    assert peaks[3000] < peaks[300] + (25 if name in ("cremi", "ilastik") else 8)
 
 
 # A row of the table in docs/formats.md, by its first words, and its case here.
