@@ -15,8 +15,9 @@ from serve.segment.errors import ClientError, ServerError
 from serve.segment.segmenter import Segmenter
 from serve.segment.slots import SHARED_MEMORY
 from serve.volume.outputs import KINDS, LABEL_DTYPES
-from serve.volume.run import Filler, Request, Summary, segment_volume
+from serve.volume.run import Request, Summary, segment_volume
 from serve.volume.sources import expanded
+from serve.volume.work import Filler
 from unet.errors import UnetError, command, complain, say
 from unet.intensity import parse_window
 from unet.volume import open_volume
@@ -67,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         help="intensities that become 0 and 255; `stack` or `slice`: the 0.1 and 99.9 percentiles of the stack, each "
         "channel for itself, or of each slice (default: 8-bit as it is, others as `stack`)",
     )  # fmt: skip
+    how.add_argument(
+        "--resample", action="store_true", help="scale slices to the network's pixel size, and the results back"
+    )
     how.add_argument("--tta", action="store_true", help="mean of eight turned and mirrored views; eight times as long")
     how.add_argument("--batch_size", type=int, default=1, help="tiles of a slice in one request (default: %(default)s)")
     how.add_argument("--in_flight", type=int, default=4, help="requests under way at a time (default: %(default)s)")
@@ -146,6 +150,7 @@ def _request(chosen: Any) -> Request:
         resume=chosen.resume,
         overwrite=chosen.overwrite,
         tta=chosen.tta,
+        resample=chosen.resample,
         quiet=chosen.quiet,
     )
 

@@ -16,7 +16,7 @@ from unet.volume.opening import split_inner
 if TYPE_CHECKING:
     from serve.segment.bands import Band
     from serve.segment.segmenter import Segmenter
-    from serve.volume.run import Run
+    from serve.volume.work import Run
     from unet.geometry import TilePlan
     from unet.intensity import Windows
 
@@ -59,7 +59,7 @@ def segment_task(place: Place, page: int, band: Band) -> int:
     Raises:
         ClientError: if no server answers, or one serves another model.
     """
-    from serve.volume.run import job_of
+    from serve.volume.work import job_of
 
     turn = place.turns.get(str(_distributed().get_worker().address), 0)
     folder, inner = split_inner(Path(place.source))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from serve.segment.bands import Band
-    from serve.volume.partial import Store
     from unet.intensity import Windows
+    from unet.volume.scaled import Planes
 
 KINDS = ("probability", "mask", "labels", "overlay")
 LABEL_DTYPES = ("uint16", "uint32")
@@ -115,7 +115,7 @@ class Output:
             image = self._settings.windows.apply(page, self._volume.rows(page, row0, row0 + len(rows)))
             self._canvas.write(page, row0, membrane_overlay(image, rows, self._settings.threshold))
 
-    def finish_page(self, page: int, store: Store) -> None:
+    def finish_page(self, page: int, store: Planes) -> None:
         """Write what needs a whole slice, whose bands are all in the store: labels, and a pyramid's smaller levels.
 
         Raises:
@@ -130,7 +130,7 @@ class Output:
         if isinstance(self._canvas, ZarrCanvas):
             self._canvas.finish_page(page)
 
-    def _mask(self, store: Store, page: int, band: Band) -> npt.NDArray[np.bool_]:
+    def _mask(self, store: Planes, page: int, band: Band) -> npt.NDArray[np.bool_]:
         return np.asarray(store.read(page, band.row0, band.row1).astype(np.float32) > self._settings.threshold)
 
     def _numbered(self, page: int, labels: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
@@ -142,7 +142,7 @@ class Output:
             )
         return labels
 
-    def _label_by_bands(self, page: int, store: Store) -> None:
+    def _label_by_bands(self, page: int, store: Planes) -> None:
         """Label band by band, then give the pieces of a segment that spans several bands one number.
 
         The numbers are those of labelling the slice in one piece: segments in the order of their first pixels.

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from unet.volume.arrays import ArrayVolume
 from unet.volume.limits import IMAGE_LIMITS, StackError
@@ -26,6 +27,16 @@ def is_mrc(start: bytes) -> bool:
     return start[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
 
 
+class _Pixels:
+    """The pixels of a file; what is asked for is mapped, copied and let go, so that no memory counts for the others."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> None:
+        self._path, self.dtype, self._offset, self.shape = path, dtype, offset, shape
+
+    def __getitem__(self, index: tuple[Any, ...]) -> npt.NDArray[Any]:
+        return np.array(np.memmap(self._path, self.dtype, "r", self._offset, self.shape)[index])
+
+
 class MrcStack(ArrayVolume):
     """An MRC file as a sequence of grey slices; rows are in the file's order, which IMOD shows from the bottom up."""
 
@@ -42,20 +53,21 @@ class MrcStack(ArrayVolume):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of headers that older programs write
-                self._file = mrcfile.mmap(path, mode="r", permissive=True)
-            data, header = self._file.data, self._file.header
-            if data is None:
-                raise ValueError("no pixels")
+                with mrcfile.mmap(path, mode="r", permissive=True) as file:
+                    data, header, voxel = file.data, file.header, file.voxel_size.copy()
+                    if data is None:
+                        raise ValueError("no pixels")
+                    pixels = _Pixels(path, data.dtype, data.offset, data.shape)
         except (ValueError, OSError, RuntimeError) as error:
             raise StackError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
         stamp, flags = np.frombuffer(bytes(header["extra2"]), np.int32)[_IMOD_AT : _IMOD_AT + 2]
-        if data.dtype == np.int8 and stamp == _IMOD and not flags & _SIGNED:
-            data = data.view(np.uint8)
-        axes = ["z", "y", "x"][-data.ndim :] if data.ndim <= 3 else ["t", "z", "y", "x"]
-        super().__init__(path, data, axes, limits, (1,) * data.ndim)
+        if pixels.dtype == np.int8 and stamp == _IMOD and not flags & _SIGNED:
+            pixels.dtype = np.dtype(np.uint8)
+        count = len(pixels.shape)
+        super().__init__(path, pixels, ["t", "z", "y", "x"][-count:], limits, (1,) * count)
         sizes: dict[str, Any] = {}
-        for axis in "xyz"[: data.ndim]:
-            step = float(self._file.voxel_size[axis])
+        for axis in "xyz"[:count]:
+            step = float(voxel[axis])
             if 0 < step < np.inf:
                 sizes.update({f"PhysicalSize{axis.upper()}": step / 10, f"PhysicalSize{axis.upper()}Unit": "nm"})
         self.metadata = self.described(sizes)
@@ -70,5 +82,4 @@ class MrcStack(ArrayVolume):
         return self._identity.changed()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing is held open."""

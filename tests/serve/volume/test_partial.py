@@ -39,7 +39,8 @@ def url(triton_server: TritonServer) -> str:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = tmp_path / "volume.tif"
-    tifffile.imwrite(path, RNG.integers(0, 256, SHAPE, np.uint8), imagej=True, metadata={"unit": "nm"})
+    pixels = RNG.integers(0, 256, SHAPE, np.uint8)
+    tifffile.imwrite(path, pixels, imagej=True, resolution=(0.25, 0.25), metadata={"unit": "nm"})
     return path
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 
 from serve.client import main
 from serve.volume.sources import expanded
+from unet.volume import open_volume
+from unet.volume.scaled import ScaledRows, ScaledVolume
 
 if TYPE_CHECKING:
     from serve.server.process import TritonServer
@@ -141,3 +143,47 @@ def test_another_pixel_size_than_the_networks_is_said(
     assert main([str(path), "--url", url, "--quiet"]) == 0
     sentence = f"warning: {path} has pixels of 8 nm and the network was trained on 4 nm"
     assert (sentence in capsys.readouterr().err) == said
+
+
+def sized(path: Path, pixels: np.ndarray[Any, Any], size_nm: float) -> Path:
+    metadata = {"axes": "ZYX", "PhysicalSizeX": size_nm, "PhysicalSizeY": size_nm}
+    units = {"PhysicalSizeXUnit": "nm", "PhysicalSizeYUnit": "nm"}
+    tifffile.imwrite(path, pixels, photometric="minisblack", ome=True, metadata={**metadata, **units})
+    return path
+
+
+@pytest.mark.parametrize("size_nm", [8.0, 2.0])
+def test_slices_are_scaled_to_the_network_and_the_results_back(url: str, tmp_path: Path, size_nm: float) -> None:
+    """What is found equals scaling by hand before and after."""
+    source = sized(tmp_path / "a.tif", STACK, size_nm)
+    height, width = round(150 * size_nm / 4), round(90 * size_nm / 4)
+    with open_volume(source) as volume:
+        pixels = np.stack(list(ScaledVolume(volume, height, width)))
+    byhand = probability(tmp_path, sized(tmp_path / "b.tif", pixels, 4.0), url, "b-probability.tif")
+    found = probability(tmp_path, source, url, "a-probability.tif", "--resample")
+    assert found.shape == STACK.shape
+    for page in range(len(STACK)):
+        back = ScaledRows(Rows(byhand), (height, width), (150, 90)).read(page, 0, 150)
+        np.testing.assert_allclose(found[page], back, atol=1e-6)
+    everything = [f"--output={kind}" for kind in ("probability", "mask", "labels", "overlay")]
+    assert main([str(source), "--url", url, "--quiet", "--resample", "--overwrite", *everything]) == 0
+    mask = tifffile.imread(tmp_path / "a-mask.tif")
+    assert np.array_equal(mask, np.where(found > 0.5, np.uint8(255), np.uint8(0)))
+    assert np.array_equal(tifffile.imread(tmp_path / "a-labels.tif") > 0, mask > 0)
+    assert tifffile.imread(tmp_path / "a-overlay.tif").shape == (*STACK.shape, 3)
+
+
+class Rows:
+    """A stack in memory."""
+
+    def __init__(self, stack: np.ndarray[Any, Any]) -> None:
+        self.stack = stack
+
+    def read(self, page: int, row0: int, row1: int) -> np.ndarray[Any, Any]:
+        return self.stack[page, row0:row1]
+
+
+def test_without_a_pixel_size_nothing_is_scaled(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", STACK, photometric="minisblack")
+    assert main([str(tmp_path / "a.tif"), "--url", url, "--quiet", "--resample"]) == 2
+    assert "--resample needs the pixel size of" in capsys.readouterr().err
