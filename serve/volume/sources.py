@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from serve.segment.errors import ClientError
 from unet.errors import warn
+from unet.volume.ngff.reader import remote_address
 from unet.volume.opening import holds_slices, is_volume, made_here
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def expanded(names: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for name in names:
-        if Path(name).exists() or not glob.has_magic(name):
+        if Path(name).exists() or not glob.has_magic(name) or remote_address(Path(name)):
             found.append(Path(name))
             continue
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too

@@ -12,7 +12,7 @@ from unet.volume.folder import FolderStack, is_pattern, is_picture, is_tiff, pla
 from unet.volume.hdf5 import Hdf5Stack, is_hdf5
 from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
 from unet.volume.mrc import MrcStack, is_mrc
-from unet.volume.ngff.reader import ZarrStack, is_zarr, load_zarr, zarr_root
+from unet.volume.ngff.reader import ZarrStack, is_zarr, load_zarr, remote_address, zarr_root
 from unet.volume.overlay import SOFTWARE
 from unet.volume.tiff.reader import StackReader
 
@@ -30,12 +30,14 @@ def open_volume(path: str | os.PathLike[str], limits: Limits = IMAGE_LIMITS) -> 
 
     Args:
         path: a TIFF, HDF5 or MRC file, a Zarr folder, a folder or a pattern of files of one slice each; ``:/PLACE``
-            behind it names an array inside an HDF5 file or a Zarr folder.
+            behind it names an array inside an HDF5 file or a Zarr folder. Of a Zarr volume also an address, as s3://...
         limits: what it may declare.
 
     Raises:
         StackError: if it cannot be read, or declares something unfit.
     """
+    if remote_address(Path(path)):
+        return ZarrStack(path, limits)
     outer, inner = split_inner(Path(path))
     if outer.is_dir():
         if is_zarr(outer):
@@ -66,8 +68,10 @@ def split_inner(path: Path) -> tuple[Path, str]:
 def beside(path: Path) -> tuple[Path, str]:
     """The folder where what is made of a volume is written, never inside it, and the file name that it would have.
 
-    An array inside a file or folder is named by both.
+    An array inside a file or folder is named by both; of a volume elsewhere this is the working directory.
     """
+    if remote_address(path):
+        return Path.cwd(), path.name
     outer, inner = split_inner(path)
     if is_pattern(outer):
         outer = place_of(outer)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,3 +190,24 @@ def test_without_a_pixel_size_nothing_is_scaled(url: str, tmp_path: Path, capsys
     tifffile.imwrite(tmp_path / "a.tif", STACK, photometric="minisblack")
     assert main([str(tmp_path / "a.tif"), "--url", url, "--quiet", "--resample"]) == 2
     assert "--resample needs the pixel size of" in capsys.readouterr().err
+
+
+def test_a_volume_on_a_web_server_is_written_here(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    group = zarr.open_group(str(tmp_path / "there" / "v.zarr"), mode="w", zarr_format=2)
+    group.create_array("0", data=STACK, chunks=(1, 64, 64))
+    group.attrs["multiscales"] = [
+        {"version": "0.4", "axes": [{"name": axis} for axis in "zyx"], "datasets": [{"path": "0"}]}
+    ]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "there"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            assert main([f"http://127.0.0.1:{server.server_port}/v.zarr", "--url", url, "--quiet"]) == 0
+        finally:
+            server.shutdown()
+    assert {path.name for path in Path.cwd().iterdir()} == {"v-probability.zarr", "v-overlay.png"}
+    found = zarr.open_group("v-probability.zarr", mode="r")["0"][...]
+    np.testing.assert_array_equal(found, (STACK.astype(np.float16) * np.float16(1 / 255)).astype(np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,20 @@ if TYPE_CHECKING:
 
 _MARKS = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 _NAMED = 6
+# pathlib makes one slash of two.
+_REMOTE = re.compile(r"(s3|gs|gcs|az|abfs|https?):/+(.+)")
 UNITS = {"nanometer": "nm", "micrometer": "µm", "millimeter": "mm", "angstrom": "Å", "meter": "m", "picometer": "pm"}
 
 
 def is_zarr(path: Path) -> bool:
     """Whether a folder is a Zarr group or array."""
     return path.is_dir() and any((path / name).exists() for name in _MARKS)
+
+
+def remote_address(path: Path) -> str | None:
+    """The address in an object store or on a web server that a path was made of; None of a path on this machine."""
+    found = _REMOTE.match(str(path))
+    return f"{found[1]}://{found[2]}" if found else None
 
 
 def zarr_root(path: Path) -> Path:
@@ -43,7 +52,7 @@ class ZarrStack(ArrayVolume):
         """Open and check a volume.
 
         Args:
-            path: the folder of a group or an array.
+            path: the folder of a group or an array, or its address in an object store.
             limits: what is read.
             inner: the place of an array or image inside it; by default the only one is found.
 
@@ -54,7 +63,8 @@ class ZarrStack(ArrayVolume):
         folder = Path(path)
         shown = Path(f"{folder}:/{inner}") if inner else folder
         try:
-            found = zarr.open(str(folder / inner), mode="r")
+            address = remote_address(folder)
+            found = zarr.open(address or str(folder / inner), mode="r")
             if not hasattr(found, "shape"):
                 found = _only_image(shown, found)
             self.multiscale, array = _multiscale(found)
@@ -62,7 +72,8 @@ class ZarrStack(ArrayVolume):
             raise
         except Exception as error:  # zarr's own, and those of a folder that says nothing or nonsense
             raise StackError(f"{shown} is not a Zarr image that can be read ({error}): convert it again") from error
-        self._store = folder / inner / array.path
+        self._store = None if address else folder / inner / array.path
+        self._described = f"{array.metadata}"
         axes = _axis_names(shown, self.multiscale["axes"])
         super().__init__(shown, array, axes, limits, array.chunks)
         self.metadata = self.described(_sizes(self.multiscale))
@@ -82,6 +93,9 @@ class ZarrStack(ArrayVolume):
 
     def _look(self) -> str:
         digest = hashlib.sha256()
+        if self._store is None:  # nobody can list an object store cheaply: only what the array says of itself counts
+            digest.update(self._described.encode())
+            return digest.hexdigest()
         for folder, names, files in sorted(os.walk(self._store)):
             names.sort()
             for name in sorted(files):
