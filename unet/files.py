@@ -28,7 +28,7 @@ _NO_LOCK = ".no-lock"
 _FORMER = ".former"
 # Of the Linux kernel's interface.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# What a network share answers when it does not know an operation; its files are none the worse for that.
+# What a network share answers when it does not know an operation; its files are as good as others.
 _UNSUPPORTED = frozenset(
     {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR, errno.ENOLCK}
 )
