@@ -59,7 +59,7 @@ def publish(
     """Make artefacts the next version of the model.
 
     A version appears whole, and none is ever overwritten; the configuration is replaced after the version is there.
-    Each version keeps the configuration that it was published with. The server goes on serving the version before.
+    Each version keeps the configuration that it was published with. The server still serves the version before.
 
     Args:
         artefacts: folder that the exporter wrote, or that of a published version.

@@ -146,7 +146,7 @@ def look_at_horovod(gpu: bool) -> Finding:
     fact = f"{found} with {' and '.join(built) or 'nothing to communicate by'}"
     if gpu and "NCCL" not in built:
         return Finding("Horovod", WRONG, fact, "for the GPUs: HOROVOD_GPU_OPERATIONS=NCCL, see docker/Dockerfile.train")
-    return Finding("Horovod", OK if built else WRONG, fact, "" if built else "make install builds it anew")
+    return Finding("Horovod", OK if built else WRONG, fact, "" if built else "make install builds it again")
 
 
 def look_at_docker(gpu: bool) -> Finding:
