@@ -85,3 +85,64 @@ def test_a_repository_that_cannot_be_written_and_a_home_that_cannot_either(
         expect_answers(tmp_path / "state")
     finally:
         subprocess.run([*SCRIPT, "stop", *flags], cwd=ROOT, check=True, capture_output=True)
+
+
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static long back(void) { return access(FILE_THAT_TURNS_IT_BACK, F_OK) == 0 ? 3600 : 0; }
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+    int code = real(clock, now);
+    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec -= back();
+    return code;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    now->tv_sec = precise.tv_sec;
+    now->tv_usec = precise.tv_nsec / 1000;
+    return 0;
+}
+
+time_t time(time_t *where) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    if (where) *where = precise.tv_sec;
+    return precise.tv_sec;
+}
+"""
+
+
+def test_a_clock_that_jumps_back_an_hour_stops_nothing(
+    repository: Path, settings_for: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc, which makes a clock that can be turned back, is not installed")
+    (tmp_path / "clock.c").write_text(CLOCK)
+    line = ["gcc", "-shared", "-fPIC", f'-DFILE_THAT_TURNS_IT_BACK="{tmp_path}/back"', "-o", str(tmp_path / "clock.so")]
+    subprocess.run([*line, str(tmp_path / "clock.c"), "-ldl"], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "clock.so"))
+    flags = flags_for(settings_for, repository, tmp_path / "state")
+
+    def run(action: str) -> str:
+        done = subprocess.run([*SCRIPT, action, *flags], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done
+        return done.stdout
+
+    ask = [sys.executable, "-c", "import time; print(int(time.time()))"]
+    before = int(subprocess.run(ask, capture_output=True, check=True).stdout)
+    assert run("start").startswith("ready: ")
+    try:
+        (tmp_path / "back").touch()
+        assert int(subprocess.run(ask, capture_output=True, check=True).stdout) < before - 3000
+        expect_answers(tmp_path / "state")
+        assert run("status").startswith("ready: ")
+    finally:
+        assert run("stop") == "stopped\n"
