@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from serve.segment.address import Tls
     from serve.segment.errors import ClientError, ServerError
     from serve.segment.segmenter import Segmenter
-    from serve.volume.run import Request, Summary, segment_volume
+    from serve.volume.request import Request, Summary
+    from serve.volume.run import segment_volume
 
 __all__ = ["ClientError", "Request", "Segmenter", "ServerError", "Summary", "Tls", "segment_volume"]
 
 _HOMES = {
     "ClientError": "segment.errors",
-    "Request": "volume.run",
+    "Request": "volume.request",
     "Segmenter": "segment.segmenter",
     "ServerError": "segment.errors",
-    "Summary": "volume.run",
+    "Summary": "volume.request",
     "Tls": "segment.address",
     "segment_volume": "volume.run",
 }

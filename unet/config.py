@@ -58,11 +58,11 @@ class FlagParser(argparse.ArgumentParser):
         return f"{changed}{equals}{value}" if changed in self._option_string_actions else word
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type, prefix: str = "") -> None:
+def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, settings: type, prefix: str = "") -> None:
     """Add a flag for every field that was made by `setting`; a true-or-false field also gets ``--no_NAME``.
 
     Args:
-        parser: that takes the flags.
+        parser: that takes the flags, or a group of one.
         settings: the dataclass.
         prefix: of every flag's name.
     """

@@ -31,7 +31,8 @@ from serve.segment.connection import Connection
 from serve.segment.segmenter import Segmenter
 from serve.segment.slot import Slot
 from serve.segment.slots import slot_for
-from serve.volume.run import Request, segment_volume
+from serve.volume.request import Request
+from serve.volume.run import segment_volume
 from unet.config import setting
 from unet.errors import UnetError
 from unet.files import atomic_file, write_json

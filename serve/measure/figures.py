@@ -31,7 +31,8 @@ from serve.measure.common import MeasureError, own_or_demo
 from serve.measure.levels import counted
 from serve.segment.errors import ClientError
 from serve.segment.segmenter import Segmenter
-from serve.volume.run import Request, segment_volume
+from serve.volume.request import Request
+from serve.volume.run import segment_volume
 from unet.config import setting
 from unet.files import atomic_file
 from unet.geometry import plan_tiles, predict_tiled

@@ -97,7 +97,21 @@ class Segmenter:
         Raises:
             ClientError: if no server answers, it does not serve the model, or the model has another interface.
         """
-        self.settings = Settings.of(url, {"model_name": model_name, **options})
+        self._connect(Settings.of(url, {"model_name": model_name, **options}))
+
+    @classmethod
+    def with_settings(cls, settings: Settings) -> Segmenter:
+        """A segmenter as the constructor makes it, from settings as they are.
+
+        Raises:
+            ClientError: as the constructor.
+        """
+        segmenter = cls.__new__(cls)
+        segmenter._connect(settings)
+        return segmenter
+
+    def _connect(self, settings: Settings) -> None:
+        self.settings = settings
         self._views = VIEWS if self.settings.tta else 1
         self._dispatcher = Dispatcher(self.settings)
         if self.settings.batch_size > self.interface.max_batch_size:

@@ -74,10 +74,17 @@ class Settings:
         unknown = sorted(set(options) - {field.name for field in fields(cls)} | ({"urls"} & set(options)))
         if unknown:
             raise TypeError(f"a segmenter takes no {', '.join(unknown)}")
-        listed = (url,) if isinstance(url, str) else tuple(url)
-        # Two spellings of one address are one server.
-        unique: dict[tuple[str, int], str] = {}
-        for each in listed:
-            address = Address.parse(each)
-            unique.setdefault((address.host, address.port), each)
-        return cls(urls=tuple(unique.values()), **options)  # type: ignore[arg-type]
+        return cls(urls=addresses(url), **options)  # type: ignore[arg-type]
+
+
+def addresses(url: str | Sequence[str]) -> tuple[str, ...]:
+    """One or several addresses, each server once: two spellings of host and port are one server.
+
+    Raises:
+        ClientError: one is no address.
+    """
+    unique: dict[tuple[str, int], str] = {}
+    for each in (url,) if isinstance(url, str) else url:
+        address = Address.parse(each)
+        unique.setdefault((address.host, address.port), each)
+    return tuple(unique.values())

@@ -23,22 +23,16 @@ _LOCK_FILE = "server.lock"
 
 
 def lock_state(state_dir: Path) -> int | None:
-    """The open descriptor of a state folder's lock, which holds it; None while somebody else does.
-
-    Raises:
-        TritonError: the folder's file system has no locks.
-    """
+    """The open descriptor of a state folder's lock, which holds it; None while somebody else does."""
     descriptor = os.open(state_dir / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
-    except OSError as error:
+    except BaseException:
         os.close(descriptor)
-        raise TritonError(
-            f"{state_dir} cannot be locked ({error.strerror}): name a folder on a local disk with --state_dir"
-        ) from error
+        raise
     return descriptor
 
 

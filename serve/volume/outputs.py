@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import tifffile
+from PIL import Image
 
 from serve.segment.errors import ClientError
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
+from unet.volume.ngff.reader import load_zarr
 from unet.volume.opening import beside
 from unet.volume.overlay import membrane_overlay
 
@@ -24,6 +30,11 @@ if TYPE_CHECKING:
 
 KINDS = ("probability", "mask", "labels", "overlay")
 LABEL_DTYPES = ("uint16", "uint32")
+# Beside these: one slice drawn as a PNG.
+PICTURE = "picture"
+# Of a PNG: its signature, and its first chunk, which others follow.
+_PNG_HEAD_BYTES = 33
+_PNG_NOTE = "Comment"
 _FLOAT32_OF_FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
@@ -70,6 +81,28 @@ def stem_of(source: Path) -> tuple[str, str]:
         if name.lower().endswith(ending):
             return name[: -len(ending)], suffix
     return Path(name).stem, ".tif"
+
+
+def made_by(path: Path) -> str:
+    """What the tag of an output says of how it was made; "" if nothing can be read."""
+    try:
+        if path.is_dir():
+            return str(dict(load_zarr().open(str(path), mode="r").attrs["unet"])["made_by"])
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                return str(picture.info[_PNG_NOTE])
+        with tifffile.TiffFile(path) as tiff:
+            return str(tiff.pages.first.software)
+    except Exception:  # whatever it is, it is not this program's
+        return ""
+
+
+def note_in_png(path: Path, note: str) -> None:
+    """Put a note of how it was made into a PNG, where ``made_by`` finds it."""
+    data = path.read_bytes()
+    chunk = b"tEXt" + f"{_PNG_NOTE}\0{note}".encode("latin-1", "replace")
+    length, check = (struct.pack(">I", number) for number in (len(chunk) - 4, zlib.crc32(chunk)))
+    path.write_bytes(data[:_PNG_HEAD_BYTES] + length + chunk + check + data[_PNG_HEAD_BYTES:])
 
 
 class Output:
@@ -180,7 +213,9 @@ class Output:
     def publish(self) -> None:
         """Give the closed file its final name."""
         if self.target.is_dir():
-            os.replace(self.target, self._aside.with_name(f"{self.kind}.former"))
+            former = self._aside.with_name(f"{self.kind}.former")
+            shutil.rmtree(former, ignore_errors=True)  # of a run that was killed here
+            os.replace(self.target, former)
         elif self._aside.is_dir() and self.target.exists():
             self.target.unlink()
         os.replace(self._aside, self.target)

@@ -11,40 +11,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from serve.segment.errors import ClientError
-from unet.files import take_lock
 from unet.volume.tiff.canvas import write_all
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 JOURNAL = "journal.jsonl"
-FORMAT = 1
+FORMAT = 2
+_MAY_REPLACE = "may_replace"
 Key = tuple[int, int]
-
-
-class PartialError(ClientError):
-    """A former run's results that cannot be continued."""
-
-
-class Store(Protocol):
-    """Room for the probabilities of a whole volume."""
-
-    def write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
-        """Write rows from ``row0`` on of slice ``page``."""
-
-    def read(self, page: int, row0: int, row1: int) -> npt.NDArray[Any]:
-        """Rows ``row0`` to ``row1`` of slice ``page``."""
-
-    def close(self) -> None:
-        """Close what is open."""
 
 
 class RawStore:
@@ -78,6 +65,7 @@ class Partial:
     Attributes:
         folder: ``NAME.partial``.
         done: the finished bands, (slice, first row), with the CRC-32 of their pixels.
+        may_replace: whether what has the outputs' names may be replaced: it was asked for, or may be this run's own.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], *, resume: bool, anew: bool) -> None:
@@ -90,10 +78,11 @@ class Partial:
             anew: whether to throw that away.
 
         Raises:
-            PartialError: if there is something and neither was asked for, it belongs to something else, or another
+            ClientError: if there is something and neither was asked for, it belongs to something else, or another
                 process is at work on it.
         """
         self.folder, self.done = folder, dict[Key, int]()
+        self.may_replace = False
         self._header = {"format": FORMAT, **json.loads(json.dumps(header))}
         journal = folder / JOURNAL
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,9 +101,14 @@ class Partial:
             self._append(self._header)
 
     def _take_lock(self) -> None:
-        # Without locks, on Windows or some shares, the user sees to it that one process writes.
-        if take_lock(self._lock) is False:
-            raise PartialError(f"another process is writing {self.folder}: wait for it, or choose another --output_dir")
+        if sys.platform == "win32":  # no lock: the user sees to it that one process writes
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ClientError(
+                f"another process is writing {self.folder}: wait for it, or choose another --output_dir"
+            ) from None
 
     def _clear(self) -> None:
         for item in self.folder.iterdir():
@@ -133,18 +127,23 @@ class Partial:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
             former = lines[0]
-            self.done = {(int(line["page"]), int(line["row"])): int(line["crc"]) for line in lines[1:]}
+            self.may_replace = any(_MAY_REPLACE in line for line in lines[1:])
+            self.done = {
+                (int(line["page"]), int(line["row"])): int(line["crc"])
+                for line in lines[1:]
+                if _MAY_REPLACE not in line
+            }
         except (ValueError, KeyError, TypeError) as error:
-            raise PartialError(f"{journal} is damaged ({error}): add --overwrite to begin anew") from error
+            raise ClientError(f"{journal} is damaged ({error}): add --overwrite to begin anew") from error
         if not resume:
-            raise PartialError(
+            raise ClientError(
                 f"{self.folder} holds what an interrupted run has found: add --resume to go on with it, or --overwrite "
                 "to begin anew"
             )
         different = [name for name in self._header if former.get(name) != self._header[name]]
         if different:
             name = different[0]
-            raise PartialError(
+            raise ClientError(
                 f"{self.folder} belongs to another {name.replace('_', ' ')} ({_short(former.get(name))}, now "
                 f"{_short(self._header[name])}): add --overwrite to begin anew"
             )
@@ -159,12 +158,18 @@ class Partial:
         self.done[page, row0] = crc
         self._append({"page": page, "row": row0, "crc": crc})
 
-    def keep(self, store: Store, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
+    def allow_replacing(self) -> None:
+        """Note that what has the outputs' names may be replaced, by whoever continues this run too."""
+        if not self.may_replace:
+            self.may_replace = True
+            self._append({_MAY_REPLACE: True})
+
+    def keep(self, store: RawStore, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
         """Store a finished band and note it."""
         store.write(page, row0, rows)
         self.mark(page, row0, checksum(rows))
 
-    def recall(self, store: Store, page: int, row0: int, row1: int) -> npt.NDArray[Any] | None:
+    def recall(self, store: RawStore, page: int, row0: int, row1: int) -> npt.NDArray[Any] | None:
         """A band that a former run has finished, or None if it has not, or its pixels did not reach the disk."""
         crc = self.done.get((page, row0))
         if crc is None:
@@ -179,6 +184,8 @@ class Partial:
         """Let go of the folder; it is removed if the run has finished, or nothing was found yet."""
         os.close(self._journal)
         if finished or not self.done:
+            # The journal goes first: without it a folder is only waste, however far this gets.
+            (self.folder / JOURNAL).unlink()
             shutil.rmtree(self.folder)
         os.close(self._lock)
 

@@ -2,84 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from serve.segment.bands import Band, Job
-from serve.segment.errors import ClientError
+from serve.segment.bands import Band, Job, bands_of
+from serve.volume.outputs import PICTURE, Output, OutputSettings, note_in_png
+from unet import __version__
 from unet.volume import BLOCK_PX
-from unet.volume.overlay import overlay_png, shrink, shrink_factor
+from unet.volume.overlay import SOFTWARE, overlay_png, shrink, shrink_factor
+from unet.volume.scaled import Planes, ScaledRows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from serve.segment.segmenter import Segmenter
-    from serve.volume.outputs import Output
-    from serve.volume.partial import Partial, Store
+    from serve.volume.partial import Partial, RawStore
+    from serve.volume.request import Request
     from unet.geometry import TilePlan
     from unet.intensity import Windows
     from unet.volume import Volume
-    from unet.volume.scaled import Planes
 
-PICTURE = "picture.png"
-# Computes the bands that are missing in a run's store.
-Filler = Callable[["Run", "list[tuple[int, Band]]"], None]
+    # From bands with their pixels to the same with their probabilities, in any order.
+    SegmentBands = Callable[[Iterable[Job]], Iterator[tuple[Job, npt.NDArray[Any]]]]
+
+PICTURE_FILE = "picture.png"
 
 
 @dataclass
 class Run:
-    """A volume at work.
+    """A volume at work: what is read, how it is segmented, and what is wanted of it.
 
     Attributes:
-        volume: as it is in its file.
+        volume: open, as it is in its file.
         seen: as the network sees it: the same, or scaled.
-        windows: how its intensities become 8 bits.
-        plan: of a slice that is seen.
-        bands: likewise.
-        partial: what was found so far.
-        store: the probabilities of what is seen.
-        found: those of the volume: the same, or scaled back.
-        written: the bands of a slice of the volume.
-        outputs: what is written of it.
-        picture_slice: the slice that is drawn, or None.
-        threshold: of its membrane.
-        quiet: show no progress bar.
+        request: what is wanted.
+        segmenter: connected.
+        windows: intensities that become 0 and 255.
+        plan: how tiles cover a slice that is seen.
+        bands: of each slice that is seen.
+        written: of each slice of the volume.
     """
 
     volume: Volume
     seen: Volume
+    request: Request
+    segmenter: Segmenter
     windows: Windows
-    plan: TilePlan
-    bands: tuple[Band, ...]
-    partial: Partial
-    store: Store
-    found: Planes
-    written: tuple[Band, ...]
-    outputs: list[Output]
-    picture_slice: int | None
-    threshold: float
-    quiet: bool
+    plan: TilePlan = field(init=False)
+    bands: tuple[Band, ...] = field(init=False)
+    written: tuple[Band, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = self.segmenter.plan(self.seen.height, self.seen.width)
+        self.bands = self.written = bands_of(self.plan)
+        if self.is_scaled:
+            self.written = bands_of(self.segmenter.plan(self.volume.height, self.volume.width))
 
     @property
     def is_scaled(self) -> bool:
         """Whether the network sees slices of another size."""
         return self.seen is not self.volume
 
-    def units(self) -> Iterator[tuple[int, Band]]:
-        """Every band of every slice."""
-        return ((page, band) for page in range(len(self.seen)) for band in self.bands)
+    @property
+    def targets(self) -> dict[str, Path]:
+        """What is written, by kind."""
+        return self.request.targets(self.volume.path)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What probabilities depend on; what is written of them may be chosen anew."""
+        served = self.segmenter.interface
+        return {
+            "input": self.volume.fingerprint(),
+            "size": [len(self.seen), self.seen.height, self.seen.width],
+            # The card tells which network it is; the same may be served under several numbers.
+            "model": served.card_sha256 or served.version,
+            "intensity_window": self.windows.value,
+            "tile_size": self.plan.tile_size,
+            "tta": self.segmenter.settings.tta,
+        }
+
+    @property
+    def output_settings(self) -> OutputSettings:
+        """How outputs are written."""
+        served = self.segmenter.interface
+        card = f" card {served.card_sha256[:12]}" if served.card_sha256 else ""
+        made = f"{SOFTWARE} {__version__}; model version {served.version}{card}; {self.marks}"
+        return OutputSettings(self.request.kinds, self.request.threshold, self.request.label_dtype, self.windows, made)
+
+    @property
+    def marks(self) -> str:
+        """What in an output's tag tells whether it is of this input and these settings."""
+        return marks_of(self.volume, self.windows, self.request, tta=self.segmenter.settings.tta)
+
+    def job(self, page: int, band: Band) -> Job:
+        """A band with its pixels read, in 8 bits."""
+        image = self.windows.apply(page, self.seen.rows(page, band.read0, band.read1))
+        return Job(page, band, self.plan.tile_size, image, band.read0, self.seen.height)
+
+
+def marks_of(volume: Volume, windows: Windows, request: Request, *, tta: bool) -> str:
+    """What an output's tag says of the input and of the settings."""
+    return (
+        f"intensity window {windows}; threshold {request.threshold:g}; views {8 if tta else 1}; "
+        f"{'resampled; ' if request.resample else ''}input {volume.fingerprint()['sha256'][:12]}"
+    )
+
+
+def slice_mark(request: Request, kind: str) -> str:
+    """What the tag of one kind says beside that."""
+    return f"; slice {request.picture_slice}" if kind == PICTURE else ""
 
 
 class _Delivery:
     """Hands bands to the outputs and keeps the bar."""
 
-    def __init__(self, run: Run, bar: Any) -> None:
-        self._run, self._bar = run, bar
+    def __init__(self, run: Run, store: RawStore, outputs: list[Output], aside: Path, bar: Any) -> None:
+        self._run, self._outputs, self._aside, self._bar = run, outputs, aside, bar
+        self._found: Planes = store
+        if run.is_scaled:
+            seen, size = (run.seen.height, run.seen.width), (run.volume.height, run.volume.width)
+            self._found = ScaledRows(store, seen, size)
         self._left = dict.fromkeys(range(len(run.volume)), len(run.bands))
 
     def __call__(self, page: int, band: Band, rows: npt.NDArray[Any]) -> None:
@@ -89,60 +137,43 @@ class _Delivery:
         self._left[page] -= 1
         if self._left[page] == 0:
             for part in run.written if run.is_scaled else ():
-                self._write(page, part.row0, run.found.read(page, part.row0, part.row1))
-            for output in run.outputs:
-                output.finish_page(page, run.found)
+                self._write(page, part.row0, self._found.read(page, part.row0, part.row1))
+            for output in self._outputs:
+                output.finish_page(page, self._found)
             # Now rather than at the end: the server is at work on others.
-            if page == run.picture_slice:
-                _draw(run, page)
+            if page == run.request.picture_slice:
+                _draw(run, page, self._found, self._aside / PICTURE_FILE)
         self._bar.update()
 
     def _write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
-        for output in self._run.outputs:
+        for output in self._outputs:
             output.write(page, row0, rows)
 
-    def recall(self, units: Iterable[tuple[int, Band]]) -> list[tuple[int, Band]]:
-        """Hand over those of some bands that are in the store; returns those that are not."""
+
+def produce(run: Run, partial: Partial, store: RawStore, outputs: list[Output], segment_bands: SegmentBands) -> int:
+    """Have every band in the store and in the outputs; returns how many a former run had found."""
+    units = [(page, band) for page in range(len(run.volume)) for band in run.bands]
+    disable = True if run.request.quiet else None
+    unit = "slice" if len(run.bands) == 1 else "band"
+    with tqdm(total=len(units), unit=unit, desc=run.volume.path.name, disable=disable) as bar:
+        deliver = _Delivery(run, store, outputs, partial.folder, bar)
         missing = []
         for page, band in units:
-            rows = self._run.partial.recall(self._run.store, page, band.row0, band.row1)
+            rows = partial.recall(store, page, band.row0, band.row1)
             if rows is None:
                 missing.append((page, band))
             else:
-                self(page, band, rows)
-        return missing
-
-
-def produce(segmenter: Segmenter, run: Run, fill: Filler | None) -> int:
-    """Have every band in the store and in the outputs; returns how many a former run had found."""
-    total = len(run.volume) * len(run.bands)
-    unit = "slice" if len(run.bands) == 1 else "band"
-    disable = True if run.quiet else None
-    with tqdm(total=total, unit=unit, desc=run.volume.path.name, disable=disable) as bar:
-        deliver = _Delivery(run, bar)
-        missing = deliver.recall(run.units())
+                deliver(page, band, rows)
         # The bar's rate and time are of what is computed now.
-        bar.initial = total - len(missing)
+        bar.initial = len(units) - len(missing)
         bar.unpause()
-        if fill is not None:
-            fill(run, missing)
-            if lost := deliver.recall(missing):
-                raise ClientError(f"slice {lost[0][0]} did not reach {run.partial.folder}: workers must share its disk")
-        else:
-            jobs = (job_of(run.seen, run.windows, run.plan, page, band) for page, band in missing)
-            for job, rows in segmenter.segment_bands(jobs):
-                run.partial.keep(run.store, job.page, job.band.row0, rows)
-                deliver(job.page, job.band, rows)
-    return total - len(missing)
+        for job, rows in segment_bands(run.job(page, band) for page, band in missing):
+            partial.keep(store, job.page, job.band.row0, rows)
+            deliver(job.page, job.band, rows)
+    return len(units) - len(missing)
 
 
-def job_of(volume: Volume, windows: Windows, plan: TilePlan, page: int, band: Band) -> Job:
-    """A band with its pixels read, in 8 bits."""
-    image = windows.apply(page, volume.rows(page, band.read0, band.read1))
-    return Job(page, band, plan.tile_size, image, band.read0, volume.height)
-
-
-def _draw(run: Run, page: int) -> None:
+def _draw(run: Run, page: int, found: Planes, path: Path) -> None:
     """Draw one slice beside the results so far, by strips if it is large."""
     height, width = run.volume.height, run.volume.width
     factor = shrink_factor(height, width)
@@ -151,8 +182,9 @@ def _draw(run: Run, page: int) -> None:
     for row0 in range(0, height, step):
         row1 = min(height, row0 + step)
         image = run.windows.apply(page, run.volume.rows(page, row0, row1))
-        probability = run.found.read(page, row0, row1).astype(np.float32)
+        probability = found.read(page, row0, row1).astype(np.float32)
         shrunk = shrink(image, probability, factor)
         images.append(shrunk[0])
         probabilities.append(shrunk[1])
-    overlay_png(run.partial.folder / PICTURE, np.concatenate(images), np.concatenate(probabilities), run.threshold)
+    overlay_png(path, np.concatenate(images), np.concatenate(probabilities), run.request.threshold)
+    note_in_png(path, run.output_settings.made_by + slice_mark(run.request, PICTURE))

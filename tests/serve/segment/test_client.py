@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve.client import ClientError, Segmenter, main
+from serve import ClientError, Segmenter
+from serve.client import main
 from serve.models.config import ModelSettings, model_config
 from serve.segment.slots import remove_dead_segments
 from serve.server.process import TritonServer

@@ -15,7 +15,8 @@ import pytest
 import tifffile
 import tritonclient
 
-from serve.client import Segmenter, main
+from serve import Segmenter
+from serve.client import main
 from serve.server.process import TritonServer
 from unet.files import atomic_directory
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import distributed
 import numpy as np
 import pytest
+import tifffile
 import zarr
 
 from serve.client import main
@@ -18,6 +19,7 @@ from serve.models.config import ModelSettings
 from serve.models.publish import publish
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
+from unet.processes import free_ports
 
 RNG = np.random.default_rng(3)
 
@@ -37,9 +39,9 @@ def cluster() -> Iterator[str]:
         yield str(local.scheduler_address)
 
 
-def volume(path: Path) -> Path:
+def volume(path: Path, pages: int = 4) -> Path:
     group = zarr.open_group(str(path), mode="w", zarr_format=2)
-    images = RNG.integers(0, 4000, (4, 300, 170)).astype(np.uint16)
+    images = RNG.integers(0, 4000, (pages, 300, 170)).astype(np.uint16)
     group.create_array("0", data=images, chunks=(2, 128, 128), chunk_key_encoding={"name": "v2", "separator": "/"})
     axes = [{"name": name, "type": "space", "unit": "nanometer"} for name in "zyx"]
     transforms = [{"type": "scale", "scale": [50.0, 4.0, 4.0]}]
@@ -60,7 +62,7 @@ def test_the_cluster_writes_what_one_process_does_and_goes_on_after_a_crash(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = volume(tmp_path / "v.zarr")
+    source = volume(tmp_path / "v.zarr", 80)
     kinds = ["--output", "probability", "--output", "labels"]
     line = [str(source), "--url", triton_server.settings.grpc_url, *kinds]
     assert main([*line, "--quiet", "--output_dir", str(tmp_path / "alone")]) == 0
@@ -70,7 +72,7 @@ def test_the_cluster_writes_what_one_process_does_and_goes_on_after_a_crash(
         [sys.executable, "serve/client.py", *together], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         journal = out / "v.partial" / "journal.jsonl"
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        while not journal.exists() or journal.read_bytes().count(b'"page"') < 5:
             assert process.poll() is None, process.communicate()
         process.kill()
     assert main([*together, "--resume", "--json"]) == 0
@@ -91,3 +93,71 @@ def test_no_cluster_is_one_sentence(
     assert main(line) == 2
     assert sentence in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["v.zarr"]
+
+
+def start_scheduler(port: int) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port)]
+    return subprocess.Popen([*line, "--no-dashboard"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def start_worker(address: str) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+    return subprocess.Popen([*line, "--no-nanny"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def parts() -> Iterator[tuple[str, subprocess.Popen[bytes], list[subprocess.Popen[bytes]]]]:
+    """A scheduler and two workers, each a process that a test may end."""
+    port = free_ports(1)[0]
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = start_scheduler(port)
+    workers = [start_worker(address) for _ in range(2)]
+    try:
+        with distributed.Client(address, timeout=60, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=60)
+        yield address, scheduler, workers
+    finally:
+        for process in (*workers, scheduler):
+            process.kill()
+            process.wait()
+
+
+def begun(out: Path, line: list[str]) -> subprocess.Popen[str]:
+    """A client that has some slices already."""
+    process = subprocess.Popen(
+        [sys.executable, "serve/client.py", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    journal = out / "v.partial" / "journal.jsonl"
+    while not journal.exists() or journal.read_bytes().count(b'"page"') < 5:
+        assert process.poll() is None, process.communicate()
+    return process
+
+
+def test_a_tiff_and_the_death_of_a_worker_and_of_the_scheduler(
+    triton_server: TritonServer,
+    parts: tuple[str, subprocess.Popen[bytes], list[subprocess.Popen[bytes]]],
+    tmp_path: Path,
+) -> None:
+    address, scheduler, workers = parts
+    source = tmp_path / "v.tif"
+    tifffile.imwrite(source, RNG.integers(0, 256, (400, 300, 170), np.uint8), photometric="minisblack")
+    line = [str(source), "--url", triton_server.settings.grpc_url, "--output", "mask", "--output", "probability"]
+    assert main([*line, "--quiet", "--output_dir", str(tmp_path / "alone")]) == 0
+    # One of two workers dies: the other one does its work.
+    out = tmp_path / "together"
+    together = [*line, "--dask", address, "--quiet", "--patience_s", "2"]
+    with begun(out, [*together, "--output_dir", str(out)]) as process:
+        workers[0].kill()
+        assert (process.wait(120), process.communicate()[1]) == (0, "")
+    assert contents(out) == contents(tmp_path / "alone")
+    # The scheduler dies: one sentence, and the rest can be done without.
+    out = tmp_path / "once-more"
+    with begun(out, [*together, "--output_dir", str(out)]) as process:
+        scheduler.kill()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert f"error: the Dask scheduler at {address} has gone" in said
+    assert "add --resume to go on with it" in said
+    assert said.count("\n") == 1
+    assert main([*line, "--quiet", "--output_dir", str(out), "--resume"]) == 0
+    assert contents(out) == contents(tmp_path / "alone")

@@ -13,7 +13,8 @@ import pytest
 import tifffile
 import zarr
 
-from serve.client import ClientError, Request, Segmenter, main, segment_volume
+from serve import ClientError, Request, Segmenter, segment_volume
+from serve.client import main
 from serve.server.process import TritonServer
 from unet.volume import StackReader, open_volume
 

@@ -15,7 +15,8 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.client import Segmenter, main
+from serve import Segmenter
+from serve.client import main
 from serve.segment import bands as bands_module
 from serve.segment.bands import bands_of, turned, turned_back
 from serve.server.process import TritonServer
