@@ -117,13 +117,22 @@ class Outputs:
 
 
 def parameter_count(path: str | os.PathLike[str]) -> int:
-    """Number of trained weights in a SavedModel."""
+    """Number of trained weights in a SavedModel.
+
+    Raises:
+        ExportError: one of them is NaN or infinite. TensorFlow's ReLU makes zero of NaN, so its answers do not show it.
+    """
     tf = import_tensorflow()
-    return sum(
-        int(np.prod(shape))
-        for name, shape in tf.train.list_variables(str(Path(path) / "variables" / "variables"))
-        if "_CHECKPOINTABLE_OBJECT_GRAPH" not in name and len(shape) > 0
-    )
+    stored = tf.train.load_checkpoint(str(Path(path) / "variables" / "variables"))
+    shapes = stored.get_variable_to_shape_map()
+    names = [name for name, shape in shapes.items() if "_CHECKPOINTABLE_OBJECT_GRAPH" not in name and shape]
+    for name in names:
+        if not np.isfinite(stored.get_tensor(name)).all():
+            raise ExportError(
+                f"{path} has weights that are NaN or infinite: its training diverged; train with a lower "
+                "--learning_rate, or from a checkpoint before that"
+            )
+    return sum(int(np.prod(shapes[name])) for name in names)
 
 
 @command

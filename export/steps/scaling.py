@@ -34,7 +34,10 @@ def factors(peaks: Mapping[str, float]) -> dict[str, float]:
     return {
         name: 2.0 ** round(math.log2(peak / AIM))
         for name, peak in peaks.items()
-        if name.endswith("/Conv") and not name.startswith("logits/") and peak > 0 and not LOWEST <= peak <= HIGHEST
+        if name.endswith("/Conv")
+        and not name.startswith("logits/")
+        and 0 < peak < math.inf
+        and not LOWEST <= peak <= HIGHEST
     }
 
 

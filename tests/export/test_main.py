@@ -21,7 +21,7 @@ from export.record.provenance import versions
 from unet.card import Card, CardError
 from unet.card.records import Proof
 from unet.engine.cpu import load_engine
-from unet.files import sha256_of, write_json
+from unet.files import atomic_directory, sha256_of, write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = ("--tile_sizes", "204", "220")
@@ -143,8 +143,8 @@ def test_the_shell_command_has_the_settings_of_the_build() -> None:
 @pytest.mark.parametrize(
     ("poison", "sentence"),
     [
-        pytest.param(np.nan, "NaN or infinite", id="nan"),
-        pytest.param(3e6, "onnx_fp16 does not agree with saved_model", id="too large", marks=pytest.mark.slow),
+        pytest.param(np.nan, "weights that are NaN or infinite: its training diverged", id="nan"),
+        pytest.param(3e6, "beyond float16's 65504", id="too large", marks=pytest.mark.slow),
     ],
 )
 def test_a_refused_export_leaves_the_former_artefacts(
@@ -229,10 +229,12 @@ def test_a_second_export_into_the_folder_is_refused_at_once(
     assert [path.name for path in artefacts.parent.iterdir()] == [artefacts.name]
 
 
-def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
+def test_the_lock_ends_with_its_holder_and_its_leftovers_with_the_next_export(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom export.record.folder import sole_writer\n"
-        "with sole_writer(Path(sys.argv[1])):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from unet.files import atomic_directory\nout = Path(sys.argv[1])\n"
+        "with sole_writer(out), atomic_directory(out) as aside:\n"
+        "    (aside / 'half').touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False, cwd=ROOT)
     assert (tmp_path / ".out.lock").exists()
@@ -242,7 +244,11 @@ def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
         sole_writer(tmp_path / "out"),
     ):
         pass
-    assert list(tmp_path.iterdir()) == []
+    # What it was filling goes when the next export is written.
+    assert len(list(tmp_path.iterdir())) == 1
+    with sole_writer(tmp_path / "out"), atomic_directory(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_export_whose_reader_went_away_writes_everything(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -289,6 +295,16 @@ def test_8_bits_are_considered_without_a_flag_where_labels_can_judge_them(
     assert card.engine.proof is not None
     assert card.engine.proof.scores is not None
     assert card.engine.img_per_s >= card.fallback.img_per_s
+
+
+def test_a_diverged_training_is_named_where_slices_are_scored_too(
+    labelled: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], random_saved_model: Any
+) -> None:
+    random_saved_model(tmp_path / "saved_model", 4, poison=np.nan)
+    shutil.copy(labelled[0] / "config.json", tmp_path)
+    assert export(tmp_path, tmp_path / "out", "--data_dir", labelled[1]) == 2
+    assert "weights that are NaN or infinite: its training diverged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_slices_that_training_saw_8_bits_are_not_considered(
