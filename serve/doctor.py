@@ -1,153 +1,89 @@
-"""What this machine can do for the project, and what to install for more: ``unet-doctor`` or ``make doctor``."""
+"""What this machine can do for the project, and what to install for more: ``unet-doctor`` or ``make doctor``.
+
+It also runs where nothing is installed yet: a package that is missing is a finding.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.measure.common import MeasureError
-from serve.measure.perf_analyzer import PerfAnalyzer
+# So that it runs as a file without an installation: what needs packages is imported where it is looked at.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from serve.server.guard import SHARED_MEMORY, is_of_dead_client
 from serve.server.install import TritonError, find_installation
+from serve.server.offers import (
+    ABSENT,
+    OK,
+    WRONG,
+    Finding,
+    look_at_cores,
+    look_at_docker,
+    look_at_gpus,
+    look_at_horovod,
+    look_at_package,
+    look_at_packages,
+    look_at_python,
+    look_at_tensorrt,
+    version_of,
+)
+from serve.server.state import load_state
 from unet.card import Card, CardError
+from unet.config import FlagParser
 from unet.engine import EngineError
-from unet.engine.cpu import engine_here, supported_choices
-from unet.engine.targets import TARGETS, TRITON, target_of
 from unet.errors import command, say
-from unet.machine import TOOL_TIMEOUT_S, Gpu, cpu_amp_dtype, machine, numa_nodes, parse_gpus, run_tool
+from unet.machine import TOOL_TIMEOUT_S, Gpu
 from unet.names import PLAN_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-OK, ABSENT, WRONG = "ok", "absent", "wrong"
-_PYTHONS = ((3, 9), (3, 11))
-_ASK_HOROVOD = """
-import horovod.tensorflow as hvd
-print(*(name for name in ("MPI", "Gloo", "NCCL") if getattr(hvd, name.lower() + "_built")()))
-"""
+_INSTALL = "make install, or pip install '.[serve]'"
+_LEAST_SHARED_MIB = 64
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        item: what was looked at.
-        state: "ok"; "absent", which only closes a way that needs it; or "wrong", which has to be mended.
-        fact: what was found.
-        remedy: what to do, if anything.
-    """
-
-    item: str
-    state: str
-    fact: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        line = f"{self.state:6} {self.item:18} {self.fact}"
-        return f"{line}; {self.remedy}" if self.remedy else line
-
-
-def examine(artefacts: Path, cache_dir: Path) -> list[Finding]:
+def examine(artefacts: Path, state_dir: Path) -> list[Finding]:
     """Look at everything.
 
     Args:
         artefacts: folder whose card is compared with this machine.
-        cache_dir: where Triton's backends are laid out.
+        state_dir: where Triton's backends are laid out, and where the running server's state is.
     """
     gpus, gpu_findings = look_at_gpus()
     return [
         look_at_python(),
+        look_at_packages(),
         look_at_cores(),
         look_at_engines(),
         *gpu_findings,
         look_at_tensorrt(gpus),
-        look_at_triton(cache_dir),
+        look_at_triton(state_dir),
         look_at_perf_analyzer(),
         look_at_package("TensorFlow", "tensorflow", "training and export need it", "pip install '.[train]'"),
         look_at_horovod(bool(gpus)),
         look_at_docker(bool(gpus)),
         look_at_shared_memory(),
+        look_at_server(state_dir),
         look_at_card(artefacts, gpus),
     ]
-
-
-def look_at_python() -> Finding:
-    """The Python that runs this."""
-    fits = _PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1]
-    return Finding("Python", OK if fits else WRONG, platform.python_version(), "" if fits else "use 3.9, 3.10 or 3.11")
-
-
-def look_at_cores() -> Finding:
-    """What there is to compute with on the CPU, and what follows from its instructions."""
-    trains = f"--use_amp trains in {cpu_amp_dtype()}"
-    return Finding("CPU", OK, f"{machine()}, on {numa_nodes()} memory node(s); {trains}")
 
 
 def look_at_engines() -> Finding:
     """The engines that compute natively on this CPU."""
     try:
+        from unet.engine.cpu import supported_choices
+    except ImportError as error:
+        return Finding("CPU engines", WRONG, f"{error.name} is not installed", _INSTALL)
+    try:
         return Finding("CPU engines", OK, ", ".join(str(choice) for choice in supported_choices()))
     except EngineError as error:
         return Finding("CPU engines", WRONG, str(error))
-
-
-def look_at_gpus() -> tuple[list[Gpu], list[Finding]]:
-    """The GPUs that the NVIDIA driver knows, with a line for driver and compute capability."""
-    said = run_tool(
-        "nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader,nounits"
-    )
-    if said is None:
-        why = "no NVIDIA driver answers" if shutil.which("nvidia-smi") else "no NVIDIA driver (nvidia-smi) is installed"
-        remedy = "the CPU profile needs none; for the GPU profiles install NVIDIA's driver 535 or newer"
-        return [], [
-            Finding("GPU", ABSENT, why, remedy),
-            Finding("driver", ABSENT, "none"),
-            Finding("compute capability", ABSENT, "none"),
-        ]
-    gpus = parse_gpus(said)
-    driver = gpus[0].driver
-    new_enough = int(driver.split(".")[0]) >= 535
-    return gpus, [
-        Finding("GPU", OK, ", ".join(f"{gpu.name}, {gpu.memory_mib} MiB" for gpu in gpus)),
-        Finding("driver", OK if new_enough else WRONG, driver, "" if new_enough else "CUDA 12.2 wants 535 or newer"),
-        *(_judge_capability(gpu) for gpu in gpus),
-    ]
-
-
-def _judge_capability(gpu: Gpu) -> Finding:
-    item, fact = "compute capability", f"{gpu.compute_capability:g} ({gpu.name})"
-    target = target_of(f"{gpu.compute_capability:.1f}")
-    if target is None:
-        known = ", ".join(one.compute_capability for one in TARGETS.values())
-        return Finding(item, WRONG, fact, f"Triton {TRITON} serves plans for {known}: use --profile cpu")
-    words = f"--target {target.name}, --profile {target.profile}; TensorRT {target.tensorrt} and Triton {target.triton}"
-    return Finding(item, OK, fact, words)
-
-
-def look_at_tensorrt(gpus: Sequence[Gpu]) -> Finding:
-    """Whether plans can be built here, by trtexec or from Python."""
-    trtexec = shutil.which("trtexec")
-    if trtexec is not None:
-        return Finding("TensorRT", OK, f"trtexec is {trtexec}")
-    if (found := _version("tensorrt")) is not None:
-        return Finding("TensorRT", OK, found)
-    if (found := _version("tensorrt-rtx-cu12") or _version("tensorrt_rtx")) is not None:
-        return Finding("TensorRT", OK, f"TensorRT-RTX {found}, for compute capability 7.5 and newer")
-    remedy = (
-        "pip install '.[gpu]', or build the plan in the container nvcr.io/nvidia/tensorrt:24.09-py3"
-        if gpus
-        else "only the GPU profiles need it"
-    )
-    return Finding("TensorRT", ABSENT, "not installed", remedy)
 
 
 def look_at_triton(cache_dir: Path) -> Finding:
@@ -179,53 +115,54 @@ def look_at_triton(cache_dir: Path) -> Finding:
 def look_at_perf_analyzer() -> Finding:
     """Whether NVIDIA's benchmark runs."""
     try:
+        from serve.measure.common import MeasureError
+        from serve.measure.perf_analyzer import PerfAnalyzer
+    except ImportError as error:
+        return Finding("perf_analyzer", ABSENT, f"{error.name} is not installed", _INSTALL)
+    try:
         PerfAnalyzer(Path("benchmark"))
     except MeasureError as error:
         return Finding("perf_analyzer", ABSENT, str(error))
-    return Finding("perf_analyzer", OK, f"of tritonclient {_version('tritonclient')}")
-
-
-def look_at_package(item: str, package: str, purpose: str, remedy: str) -> Finding:
-    """Whether a package is installed."""
-    found = _version(package)
-    return Finding(item, OK, found) if found else Finding(item, ABSENT, "not installed", f"{purpose}: {remedy}")
-
-
-def look_at_horovod(gpu: bool) -> Finding:
-    """Whether training goes over several processes, and over NCCL where there are GPUs."""
-    found = _version("horovod")
-    if found is None:
-        return Finding("Horovod", ABSENT, "not installed", "training on one process needs none; else: make install")
-    # `horovodrun --check-build` asks the same five times, each time in a new process.
-    said = run_tool(sys.executable, "-c", _ASK_HOROVOD) or ""
-    built = [name for name in ("MPI", "Gloo", "NCCL") if name in said.split()]
-    fact = f"{found} with {' and '.join(built) or 'nothing to communicate by'}"
-    if gpu and "NCCL" not in built:
-        return Finding("Horovod", WRONG, fact, "for the GPUs: HOROVOD_GPU_OPERATIONS=NCCL, see docker/Dockerfile.train")
-    return Finding("Horovod", OK if built else WRONG, fact, "" if built else "make install builds it anew")
-
-
-def look_at_docker(gpu: bool) -> Finding:
-    """Whether containers can be run, which the GPU profiles are served in."""
-    said = run_tool("docker", "compose", "version", "--short")
-    if said is None:
-        return Finding("Docker", ABSENT, "docker compose does not answer", "only the GPU profiles need it")
-    runtimes = run_tool("docker", "info", "--format", "{{json .Runtimes}}")
-    if runtimes is None:
-        return Finding("Docker", WRONG if gpu else ABSENT, f"compose {said.strip()}, but no engine answers", "start it")
-    if gpu and "nvidia" not in runtimes:
-        return Finding("Docker", WRONG, f"compose {said.strip()}", "install the NVIDIA Container Toolkit")
-    return Finding("Docker", OK, f"compose {said.strip()}")
+    return Finding("perf_analyzer", OK, f"of tritonclient {version_of('tritonclient')}")
 
 
 def look_at_shared_memory() -> Finding:
-    """Whether the python backend and the client have room in /dev/shm."""
+    """Whether the python backend and the client have room in /dev/shm, and what killed clients have left there."""
     try:
-        free_mib = shutil.disk_usage("/dev/shm").free >> 20
-    except OSError:
-        return Finding("/dev/shm", WRONG, "there is none", "mount a tmpfs there")
-    enough = free_mib >= 64
-    return Finding("/dev/shm", OK if enough else WRONG, f"{free_mib} MiB free", "" if enough else "give it 256 MiB")
+        free_mib = shutil.disk_usage(SHARED_MEMORY).free >> 20
+        left = [path.stat().st_size for path in SHARED_MEMORY.iterdir() if is_of_dead_client(path.name)]
+    except OSError as error:
+        return Finding("/dev/shm", WRONG, f"it cannot be used: {error.strerror}", "mount a tmpfs there")
+    fact = f"{free_mib} MiB free"
+    if left:
+        fact += f", {sum(left) >> 20} MiB left by killed clients, which the next client removes"
+    if free_mib >= _LEAST_SHARED_MIB:
+        return Finding("/dev/shm", OK, fact)
+    return Finding(
+        "/dev/shm", WRONG, fact, "give it 256 MiB (docker run --shm-size=256m, or mount -o remount,size=256m /dev/shm)"
+    )
+
+
+def look_at_server(state_dir: Path) -> Finding:
+    """The server that was started with a state folder, and the shared memory that it still holds for killed clients."""
+    item = "server"
+    try:
+        state = load_state(state_dir)
+    except TritonError as error:
+        return Finding(item, WRONG, str(error))
+    if state is None or not state.is_kept:
+        return Finding(item, ABSENT, "none runs", "make serve starts one")
+    fact = f"process {state.server_pid}, gRPC {state.grpc_url}"
+    if not state.is_ready:
+        return Finding(item, WRONG, f"{fact}, not ready", f"see its log, {state.log}")
+    try:
+        held = state.regions.of_dead_clients()
+    except (OSError, ValueError, KeyError):
+        return Finding(item, OK, fact)
+    if not held:
+        return Finding(item, OK, fact)
+    fact += f", holds {sum(held.values()) >> 20} MiB of shared memory for killed clients"
+    return Finding(item, OK, fact, "it releases them within seconds")
 
 
 def look_at_card(artefacts: Path, gpus: Sequence[Gpu]) -> Finding:
@@ -250,6 +187,10 @@ def look_at_card(artefacts: Path, gpus: Sequence[Gpu]) -> Finding:
             item, ABSENT, f"{artefacts}: no engine for a CPU and no plan", "run build_plan.sh on the GPU's machine"
         )
     try:
+        from unet.engine.cpu import engine_here
+    except ImportError as error:
+        return Finding(item, ABSENT, f"{artefacts}: not compared, {error.name} is not installed", _INSTALL)
+    try:
         engine = engine_here(card)
     except EngineError as error:
         return Finding(item, WRONG, str(error))
@@ -258,24 +199,17 @@ def look_at_card(artefacts: Path, gpus: Sequence[Gpu]) -> Finding:
     return Finding(item, OK if fits else WRONG, f"{artefacts}: {made}, tiles of {list(card.tile_sizes)}", remedy)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line for each item; 1 if something has to be mended."""
-    parser = argparse.ArgumentParser(
-        prog="unet-doctor", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = FlagParser(prog="unet-doctor", description=__doc__)
     parser.add_argument("--artefacts", type=Path, default=Path("artefacts"), help="folder whose card is compared")
-    parser.add_argument("--cache_dir", type=Path, default=Path(".cache/triton"), help="for Triton's backends")
+    parser.add_argument(
+        "--state_dir", "--cache_dir", type=Path, default=Path(".cache/triton"), help="of the server that may run"
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     chosen = parser.parse_args(argv)
-    findings = examine(chosen.artefacts, chosen.cache_dir.resolve())
+    findings = examine(chosen.artefacts, chosen.state_dir.resolve())
     if chosen.json:
         say(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:

@@ -28,7 +28,7 @@ _NO_LOCK = ".no-lock"
 _FORMER = ".former"
 # Of the Linux kernel's interface.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# What a network share answers when it does not know an operation; its files are none the worse for that.
+# What a network share answers when it does not know an operation; its files are as good as others.
 _UNSUPPORTED = frozenset(
     {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR, errno.ENOLCK}
 )
@@ -79,7 +79,7 @@ def _own(folder: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:
         return None
-    locked = _lock(descriptor)
+    locked = take_lock(descriptor)
     if locked is None:
         os.replace(path, folder / _NO_LOCK)  # a sweep cannot tell whether this process lives: it must not judge
     elif not locked or not path.exists():
@@ -88,12 +88,20 @@ def _own(folder: Path) -> int | None:
     return descriptor
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Lock an open file without waiting; False if another process holds it, None where there are no locks."""
-    if sys.platform == "win32":  # what a killed process leaves stays there
+def take_lock(descriptor: int, *, wait: bool = False) -> bool | None:
+    """Lock an open file or folder until it is closed; the system frees the lock of a process that was killed.
+
+    Args:
+        descriptor: of the file or folder.
+        wait: until another process has freed it.
+
+    Returns:
+        False if another process holds it, None where the system or the file system has no locks.
+    """
+    if sys.platform == "win32":
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -118,7 +126,7 @@ def remove_abandoned(folder: str | os.PathLike[str], name: str = "*") -> None:
                 aside.rmdir()  # if it is empty: its owner ended before it made the lock, or makes another folder
                 continue
             try:
-                if _lock(descriptor):
+                if take_lock(descriptor):
                     _clear(aside)
             finally:
                 os.close(descriptor)

@@ -39,8 +39,8 @@ _INSTRUCTIONS = (
 def usable_cores(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> int:
     """Cores that this process may compute on: its CPU affinity, and no more than its container's quota; at least 1.
 
-    Libraries ask for the affinity alone and start a thread for every core of the host in a container that was given
-    two of them.
+    Libraries look at the affinity alone: in a container that was given two cores they start a thread for every core of
+    the host.
 
     Args:
         cgroup: where the control groups are mounted; tests name another.

@@ -1,6 +1,6 @@
-"""Things measured in turn, and the table that shows the figures.
+"""Measuring several things in turn, and the table that shows the figures.
 
-Each meets the machine's moods alike, and a ratio is taken within a round.
+Other work on the machine then slows all of them alike, and a ratio is taken within one round.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ Figure = TypeVar("Figure")
 
 
 def interleave(subjects: Mapping[str, Callable[[], Figure]], rounds: int) -> dict[str, list[Figure]]:
-    """Call every subject once in each round, another one first each time, and return what they gave.
+    """Call every subject once in each round, and return what they gave.
 
-    None is always the one after the slowest, which would find its caches, or its heat.
+    Each round starts with another subject, so that none always runs after the slowest, with the caches or the heat that
+    this one left.
     """
     names = list(subjects)
     found: dict[str, list[Figure]] = {name: [] for name in names}
@@ -27,7 +28,7 @@ def interleave(subjects: Mapping[str, Callable[[], Figure]], rounds: int) -> dic
 
 
 def timed(run: Callable[[], object]) -> Callable[[], float]:
-    """The same thing as a subject whose figure is the seconds that it takes."""
+    """A subject whose figure is the seconds that ``run`` takes."""
 
     def measure() -> float:
         started = time.perf_counter()
@@ -38,7 +39,7 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """One figure over another, round by round, sorted: its middle is the ratio and its ends are the spread."""
+    """One figure divided by another in each round, sorted: the median is the ratio, the ends are the spread."""
     return sorted(above / below for above, below in zip(over, under))
 
 

@@ -1,9 +1,9 @@
 """A synthetic stack that looks like serial-section electron microscopy of nervous tissue, with its labels.
 
-It stands in for real slices where there are none: for tests, and for a demo whose pictures may be shown to anyone.
-A few large cells, stretched ones and many small ones fill the plane and drift from slice to slice; their borders are
-dark membranes, smudged where they are cut at a slant; mitochondria, vesicles and grains are there to be mistaken for
-membranes. Sizes and intensities are near those of the ISBI 2012 slices (4 nm pixels, 50 nm sections).
+It replaces real slices where there are none: in tests, and in a demo whose pictures may be shown to anyone.
+A few large cells, stretched ones and many small ones fill the plane and drift from slice to slice. Their borders are
+dark membranes, blurred where they are cut at a slant. Mitochondria, vesicles and grains look like membranes. Sizes and
+intensities are near those of the ISBI 2012 slices (4 nm pixels, 50 nm sections).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Child processes that never outlive their parent, and what they took."""
+"""Child processes that never outlive their parent, and the memory that they took."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ GRACE_S = 30.0
 def child(
     line: Sequence[str], *, log: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``line`` in a session of its own; whatever is left of it and its descendants ends with the block.
+    """Run ``line`` in a session of its own; it and all its descendants are ended with the block.
 
-    A session of its own keeps a terminal's Ctrl-C from reaching it: the parent gets that and ends the child in order.
+    In a session of its own it does not get a terminal's Ctrl-C: the parent gets that and ends the child in order.
 
     Args:
         line: program and arguments.
@@ -36,7 +36,7 @@ def child(
     """
     stream = log.open("ab") if log is not None else None
     with contextlib.ExitStack() as stack:
-        # A signal that came while the process is made would else leave it without anyone to end it.
+        # A signal in the middle of the start would leave a process that nobody ends.
         with signals_held_back():
             process = subprocess.Popen(line, stdout=stream, stderr=stream, env=environment, start_new_session=True)
             stack.callback(_end, process)
@@ -53,7 +53,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until the block is done."""
+    """Hold Ctrl-C and SIGTERM back until the block is done."""
     held: list[int] = []
 
     def hold(signum: int, frame: FrameType | None) -> None:
@@ -74,9 +74,9 @@ def signals_held_back() -> Iterator[None]:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of the loopback interface that nothing listens on, each another one."""
+    """Different TCP ports of the loopback interface that nothing listens on."""
     with contextlib.ExitStack() as stack:
-        # All are held until the last is found: one that was let go could be given out again.
+        # All are held until the last is found: a port that is closed earlier could be given out again.
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
@@ -86,7 +86,7 @@ def free_ports(count: int) -> list[int]:
 def end_tree(pid: int, grace_s: float = GRACE_S) -> None:
     """End a process and all its descendants: SIGTERM, a bounded wait, SIGKILL for what is left.
 
-    Launchers put their workers in other sessions, so the tree is followed by parenthood and not by group.
+    Launchers start their workers in other sessions, so the tree is found by parent and not by process group.
     """
     try:
         root = psutil.Process(pid)

@@ -250,10 +250,10 @@ def suggest(trials: Sequence[Trial], p99_ms: float) -> tuple[Trial, Load]:
     Raises:
         MeasureError: nothing that was tried stays within the budget.
     """
-    kept = [(trial, load) for trial in trials for load in trial.loads if load.kept]
-    known = [(trial, load, load.p99_ms) for trial, load in kept if load.p99_ms is not None]
+    loads = [(trial, load, load.p99_ms) for trial in trials for load in trial.loads]
+    known = [(trial, load, tail) for trial, load, tail in loads if tail is not None and load.kept]
     within = [(trial, load, tail) for trial, load, tail in known if tail <= p99_ms]
-    if not known and kept:
+    if all(tail is None for *_, tail in loads):
         raise MeasureError(f"a 99th percentile needs {LEAST_REQUESTS[99]:,} requests at each rate: raise --requests")
     if not within:
         best = f", the best within {min(tail for *_, tail in known):.0f} ms" if known else ": no rate was kept"

@@ -173,7 +173,7 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
 
     Raises:
         CardError: the card names no engine for this profile.
-        UnetError: a tile size on the card is none that the network can take.
+        UnetError: the network cannot take a tile size on the card.
     """
     from tritonclient.grpc import model_config_pb2 as pb
 

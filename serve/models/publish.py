@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from serve.models.config import (
 )
 from unet.card import CARD_FILE, Card, CardError
 from unet.errors import UnetError
-from unet.files import atomic_directory, atomic_file, remove_directory, sha256_of
+from unet.files import atomic_directory, atomic_file, remove_directory, sha256_of, take_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +59,7 @@ def publish(
     """Make artefacts the next version of the model.
 
     A version appears whole, and none is ever overwritten; the configuration is replaced after the version is there.
-    Each version keeps the configuration that it was published with. The server goes on serving the version before.
+    Each version keeps the configuration that it was published with. The server still serves the version before.
 
     Args:
         artefacts: folder that the exporter wrote, or that of a published version.
@@ -258,7 +257,7 @@ def _sole_publisher(folder: Path) -> Iterator[None]:
     """Let no two processes choose the same next version; the lock ends with its holder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        take_lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -29,7 +29,7 @@ def check_repository(repository: Path) -> list[str]:
     """The names of the models in a repository, each of which is complete and has room to run.
 
     Raises:
-        TritonError: there is none, or one that this server could not load; with what to do.
+        TritonError: there is no model, or one that this server could not load; it says what to do.
         CardError: a model's network is not the file that its card describes.
         RepositoryError: a version's folder has a name that Triton does not take.
     """

@@ -23,16 +23,22 @@ _LOCK_FILE = "server.lock"
 
 
 def lock_state(state_dir: Path) -> int | None:
-    """The open descriptor of a state folder's lock, which holds it; None while somebody else does."""
+    """The open descriptor of a state folder's lock, which holds it; None while somebody else does.
+
+    Raises:
+        TritonError: the folder's file system has no locks.
+    """
     descriptor = os.open(state_dir / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
-    except BaseException:
+    except OSError as error:
         os.close(descriptor)
-        raise
+        raise TritonError(
+            f"{state_dir} cannot be locked ({error.strerror}): name a folder on a local disk with --state_dir"
+        ) from error
     return descriptor
 
 

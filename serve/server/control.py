@@ -26,7 +26,7 @@ _POLL_S, _STATISTICS_TIMEOUT_S = 0.1, 5.0
 
 
 class ModelControl:
-    """Model control of one server, over HTTP: with TLS too that protocol answers whoever has the key.
+    """Model control of one server, over HTTP, which answers the holder of the admin key with TLS too.
 
     Args:
         state: of the server; an answer of another server on its port is refused.
@@ -63,7 +63,7 @@ class ModelControl:
             client.close()
 
     def load(self, model: str, version: int) -> None:
-        """Load a version of a model, its newest, while the former one goes on answering.
+        """Load the newest version of a model, while the former one still answers.
 
         Raises:
             TritonError: the server does not answer, or could not load it; the former version then stays.
@@ -74,7 +74,7 @@ class ModelControl:
                 raise TritonError(f"{self._url} loaded {model}, but not version {version}: see its log")
 
     def reload(self, model: str) -> None:
-        """Unload and load a model, with which its processes start anew.
+        """Unload and load a model, so that its processes start again.
 
         Raises:
             TritonError: the server does not answer, or could not load it.
@@ -145,7 +145,7 @@ def require_state(state_dir: Path) -> ServerState:
     """The state of the server with model control that was started with this folder.
 
     Raises:
-        TritonError: there is none, or it was started without model control.
+        TritonError: no server runs, or it was started without model control.
     """
     state = load_state(state_dir)
     if state is None or not state.is_kept:
@@ -166,7 +166,7 @@ def control_of(state_dir: Path, repository: Path | None = None) -> ModelControl:
         repository: what it must serve, if given.
 
     Raises:
-        TritonError: there is none, it was started without model control, or it serves another repository.
+        TritonError: no server runs, it was started without model control, or it serves another repository.
     """
     state = require_state(state_dir)
     if repository is not None and Path(state.repository) != repository.resolve():

@@ -3,7 +3,7 @@
 Started by ``serve.server.process`` as a process of its own, in a session of its own. Only the standard library, so that
 it runs with ``python -I -S`` and is there in 20 ms. It stops the server
 
-* when its standard input ends: whoever started it closed the pipe or is gone, by SIGKILL too,
+* when its standard input ends, because the process that started it closed the pipe or ended, by SIGKILL too,
   unless one byte, ``DETACH``, came before;
 * on SIGTERM, SIGINT or SIGHUP.
 
@@ -45,9 +45,9 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: with its number, its identity; None when it is no more.
+    """When a process started, in clock ticks since boot; with its number this identifies it. None when it has ended.
 
-    Field 22 of ``/proc/PID/stat``; the name in field 2 may itself hold spaces and parentheses. A zombie is no more.
+    Field 22 of ``/proc/PID/stat``; the name in field 2 may itself hold spaces and parentheses. A zombie has ended.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
@@ -199,7 +199,7 @@ class Guard:
         return EXIT_STOPPED if stopped else EXIT_SERVER_ENDED
 
     def _keep(self) -> bool:
-        """Wait until the server ends (False) or shall stop (True)."""
+        """Wait until the server has ended (False) or must be stopped (True)."""
         watched = [self._wakeup, 0]
         while self._status is None:
             ready, _, _ = select.select(watched, [], [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ _SEGMENT_PREFIX, _ID_PREFIX, _LINKS_PREFIX = "unet-triton-", "unet-triton-", "un
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _TAKEN_PORT = re.compile(r"Socket '.+:(\d+)' already in use")
 _POLL_S, _METRICS_TIMEOUT_S = 0.05, 2.0
+_LEAST_DISK_BYTES = 1 << 20
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_COLUMNS = 400
 
@@ -69,6 +71,7 @@ class TritonServer:
         models = check_repository(self.settings.repository)
         settings = self.settings = self.settings.resolved()
         settings.state_dir.mkdir(parents=True, exist_ok=True)
+        _require_disk(settings.state_dir)
         try:
             self._claim()
             installation = find_installation(settings.state_dir.resolve())
@@ -216,6 +219,16 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _require_disk(folder: Path) -> None:
+    """On a full disk the server would fail later, without the room to say so in its log."""
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_DISK_BYTES:
+        raise TritonError(
+            f"the disk of {folder} has {free >> 10} KiB free, too little for state and log: free some space, or choose "
+            "another --state_dir"
+        )
 
 
 def _identity(repository: Path, backends: Path) -> Identity:

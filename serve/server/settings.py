@@ -24,17 +24,17 @@ class ServerSettings:
 
     Attributes:
         repository: the model repository.
-        log: file for what the server says; each server begins it anew.
+        log: file for what the server says; each server starts it empty.
         state_dir: folder for what the next command, or the next server, may use again.
         http_port: of the HTTP protocol, which also tells health.
         grpc_port: of the gRPC protocol.
         metrics_port: of Prometheus' metrics.
         address: that gRPC and the metrics listen on: IPv4, IPv6 or a name.
         http_address: that HTTP listens on, likewise. Clients speak gRPC, HTTP tells health, and the known holes of this
-            Triton's HTTP are open to whoever reaches it: so it stays on this machine, whatever ``address`` is.
+            Triton's HTTP are open to everybody who reaches it. So it stays on this machine, whatever ``address`` is.
         start_timeout_s: longest wait for readiness.
         stop_timeout_s: longest wait for an orderly end, after which the server is killed.
-        model_control: "none", or "explicit": models can be loaded and unloaded by whoever has the admin key.
+        model_control: "none", or "explicit": the holder of the admin key can load and unload models.
         admin_key_file: file with that key; by default one in ``state_dir``, made when it is missing.
         tls_cert: PEM file with the server's certificate; gRPC is encrypted then, and HTTP tells health only.
         tls_key: PEM file with its private key.
@@ -169,7 +169,7 @@ def read_admin_key(path: Path) -> str:
     """The key in a file.
 
     Raises:
-        TritonError: it cannot be read or is none.
+        TritonError: it cannot be read, or is not a key.
     """
     try:
         key = path.read_text(encoding="utf-8").strip()

@@ -194,7 +194,7 @@ def stop_kept(state_dir: Path) -> bool:
 
 
 def clear_up(state_dir: Path) -> None:
-    """Remove what is left of a server whose guard is no more: nothing, unless the guard was killed.
+    """Remove what is left of a server whose guard has ended: nothing, unless the guard was killed.
 
     Whoever calls this holds the folder's lock, so that no other server's state is removed.
     """

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.segment.errors import ClientError
+from unet.files import take_lock
 from unet.volume.tiff.canvas import write_all
-
-if sys.platform != "win32":
-    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,14 +98,9 @@ class Partial:
             self._append(self._header)
 
     def _take_lock(self) -> None:
-        if sys.platform == "win32":  # no lock: the user sees to it that one process writes
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ClientError(
-                f"another process is writing {self.folder}: wait for it, or choose another --output_dir"
-            ) from None
+        # Without locks, on Windows or some shares, the user sees to it that one process writes.
+        if take_lock(self._lock) is False:
+            raise ClientError(f"another process is writing {self.folder}: wait for it, or choose another --output_dir")
 
     def _clear(self) -> None:
         for item in self.folder.iterdir():

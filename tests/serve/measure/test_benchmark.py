@@ -210,7 +210,7 @@ def record(
     """What a short run on the real server left."""
     out = tmp_path_factory.mktemp("benchmark")
     flags = ["--url", triton_server.settings.grpc_url, "--artefacts", str(tiny_artefacts), "--tile_sizes", "252"]
-    flags += ["--batch_sizes", "1", "4", "--rounds", "2", "--seconds", "0.4", "--slices", "2", "--out", str(out)]
+    flags += ["--batch_sizes", "1", "4", "--rounds", "1", "--seconds", "0.4", "--slices", "2", "--out", str(out)]
     assert main(flags) == 0
     return out, json.loads((out / "benchmark.json").read_text(encoding="utf-8"))
 
@@ -299,7 +299,7 @@ def test_with_a_response_cache_the_engine_is_measured_all_the_same(
     publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8, response_cache=True))
     with TritonServer(settings_for(tmp_path / "models", response_cache_mib=64)) as server:
         flags = ["--url", server.settings.grpc_url, "--artefacts", str(tiny_artefacts), "--tile_sizes", "252"]
-        flags += ["--batch_sizes", "1", "--rounds", "2", "--seconds", "0.4", "--slices", "2"]
+        flags += ["--batch_sizes", "1", "--rounds", "1", "--seconds", "0.4", "--slices", "2"]
         assert main([*flags, "--out", str(tmp_path / "out")]) == 0
     values = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))
     rows = {row["level"]: row for row in values["rows"]}

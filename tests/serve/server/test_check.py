@@ -135,6 +135,15 @@ def test_a_full_disk_leaves_no_half_key(tmp_path: Path) -> None:
     ]
 
 
+def test_a_full_disk_is_one_sentence_before_the_start(repository: Path, settings_for: MakeSettings) -> None:
+    folder = settings_for(repository).state_dir
+    folder.mkdir()
+    line = [sys.executable, "serve/triton.py", "start", "--model_repository", str(repository)]
+    done = in_namespace(f"mount -t tmpfs -o size=64k tmpfs {folder}", [*line, "--state_dir", str(folder)])
+    assert done.returncode == 2, done
+    assert done.stderr.startswith(f"error: the disk of {folder} has 64 KiB free, too little for state and log: free")
+
+
 def test_the_key_is_for_its_owner_alone(tmp_path: Path) -> None:
     path, key = admin_key(ServerSettings(tmp_path, tmp_path, tmp_path))
     assert path.stat().st_mode & 0o777 == 0o600

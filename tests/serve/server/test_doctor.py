@@ -3,16 +3,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from serve import doctor
-from serve.doctor import Finding, main
+from serve.doctor import main
+from serve.models.config import ModelSettings
+from serve.models.publish import publish
+from serve.server import offers
+from serve.server.offers import Finding
+from serve.server.process import TritonServer
+from serve.server.settings import ServerSettings
 from unet.card import Card
 from unet.card.records import Engine, Proof
 from unet.machine import Gpu, instruction_sets, parse_gpus
 
+ROOT = Path(__file__).resolve().parents[3]
 V100 = "Tesla V100-SXM2-16GB, 535.183.01, 7.0, 16384"
 
 
@@ -38,13 +48,13 @@ def driver_that_says(folder: Path, said: str) -> None:
 
 
 def test_every_item_has_one_line(tiny_artefacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--artefacts", str(tiny_artefacts), "--cache_dir", str(tmp_path / "cache")]
+    arguments = ["--artefacts", str(tiny_artefacts), "--state_dir", str(tmp_path / "cache")]
     code = main(arguments)
     said = capsys.readouterr().out
     found = lines(said)
     assert list(found) == [
-        *("Python", "CPU", "CPU engines", "GPU", "driver", "compute capability", "TensorRT", "Triton"),
-        *("perf_analyzer", "TensorFlow", "Horovod", "Docker", "/dev/shm", "artefacts"),
+        *("Python", "packages", "CPU", "CPU engines", "GPU", "driver", "compute capability", "TensorRT", "Triton"),
+        *("perf_analyzer", "TensorFlow", "Horovod", "Docker", "/dev/shm", "server", "artefacts"),
     ]
     # What the tests themselves need is here.
     for item in ("Python", "CPU engines", "Triton", "perf_analyzer", "TensorFlow", "/dev/shm", "artefacts"):
@@ -54,9 +64,58 @@ def test_every_item_has_one_line(tiny_artefacts: Path, tmp_path: Path, capsys: p
     assert [entry["item"] for entry in json.loads(capsys.readouterr().out)] == list(found)
 
 
+def bare(*words: str) -> subprocess.CompletedProcess[str]:
+    """A script of the project on a Python that has nothing but its standard library."""
+    line = [sys.executable, "-I", "-S", *words]
+    return subprocess.run(line, cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
+
+
+def test_without_an_installation_missing_packages_are_findings(tmp_path: Path) -> None:
+    done = bare("serve/doctor.py", "--state_dir", str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "")
+    found = lines(done.stdout)
+    assert found["Python"].startswith("ok")
+    assert found["packages"].startswith("wrong  packages           missing: numpy, PIL, psutil")
+    for item in ("CPU engines", "Triton"):
+        assert found[item].startswith("wrong"), found[item]
+    assert "make install" in found["CPU engines"]
+
+
+def test_without_an_installation_a_server_is_stopped_and_seen(
+    tiny_artefacts: Path, settings_for: Callable[[Path], ServerSettings], tmp_path: Path
+) -> None:
+    publish(tiny_artefacts, tmp_path / "models", ModelSettings())
+    server = TritonServer(settings_for(tmp_path / "models"))
+    server.start()
+    pid = server.pid
+    server.detach()
+    state_dir = str(server.settings.state_dir)
+    assert f"process {pid}, gRPC {server.settings.grpc_url}" in bare("serve/doctor.py", "--state_dir", state_dir).stdout
+    assert bare("serve/triton.py", "stop", "--state_dir", state_dir).stdout == "stopped\n"
+    assert bare("serve/triton.py", "stop", "--state_dir", state_dir).stdout == "no server is running\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("fpu avx2 avx512bw avx512_vnni avx512_bf16", "trains in bfloat16, it serves natively in bf16 and int8"),
+        ("fpu avx2 avx_vnni", "trains in float32, it serves natively in int8"),
+        ("fpu avx2", "trains in float32, it serves in f32, at about half the speed"),
+    ],
+)
+def test_the_instructions_and_what_follows_are_named(
+    flags: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr(offers, "instruction_sets", lambda: instruction_sets(tmp_path / "cpuinfo"))
+    dtype = "bfloat16" if "avx512_bf16" in flags else "float32"
+    monkeypatch.setattr(offers, "cpu_amp_dtype", lambda: dtype)
+    assert words in str(offers.look_at_cores())
+
+
 def test_no_driver_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    gpus, findings = doctor.look_at_gpus()
+    gpus, findings = offers.look_at_gpus()
     assert gpus == []
     assert [finding.state for finding in findings] == ["absent"] * 3
     assert "--profile" not in str(findings[0])
@@ -74,14 +133,14 @@ def test_no_driver_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_gpu_is_judged_by_driver_and_compute_capability(said: str, states: list[str], words: str, tool: Path) -> None:
     driver_that_says(tool, said)
-    gpus, findings = doctor.look_at_gpus()
+    gpus, findings = offers.look_at_gpus()
     assert len(gpus) == 1
     assert [finding.state for finding in findings] == states
     assert words in str(findings[-1])
 
 
 def test_horovod_without_nccl_is_wrong_where_there_are_gpus() -> None:
-    found = doctor.look_at_horovod(gpu=True)
+    found = offers.look_at_horovod(gpu=True)
     if found.state == "absent":
         pytest.skip("Horovod is not installed")
     assert ("NCCL" in found.fact) == (found.state == "ok")

@@ -9,7 +9,8 @@ import pytest
 import tifffile
 
 from unet.errors import UnetError
-from unet.scores import dice, main, pixel_error, score_stack
+from unet.scores import dice, pixel_error, score_stack
+from unet.scores.__main__ import main
 from unet.volume import NOT_ANNOTATED, LabelOptions, StackError, read_labels
 
 Array = npt.NDArray[Any]

@@ -6,28 +6,16 @@ Frontiers in Neuroanatomy 9:142. Membrane is 0, everything else 1, in labels as 
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from unet.errors import UnetError, command, say
-from unet.volume import (
-    NOT_ANNOTATED,
-    PROBABILITY_LIMITS,
-    add_label_flags,
-    label_options,
-    open_volume,
-    page_range,
-    read_labels,
-)
+from unet.errors import UnetError
+from unet.volume import NOT_ANNOTATED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +72,7 @@ def v_rand_v_info(proposal: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_])
         truth: [H, W], True where not membrane; it is not thinned, and its membrane is left out of all counts.
 
     Returns:
-        (V_rand, V_info), each 1 for the same segments; V_info is 1 also where one segment meets one, 0 / 0.
+        (V_rand, V_info), each 1 for the same segments. With one segment in each, V_info is 0 / 0, and 1 is returned.
 
     Raises:
         UnetError: if the truth has no foreground.
@@ -112,7 +100,6 @@ def v_rand_v_info(proposal: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_])
     entropy_truth, entropy_proposal = _entropy(of_truth), _entropy(of_proposal) + singles
     mutual = entropy_truth + entropy_proposal - (_entropy(joint) + singles)
     information = entropy_truth + entropy_proposal
-    # One segment against one has nothing to tell: 0 / 0, and the same segments.
     return together / apart, float(2 * mutual / information) if information > 0 else 1.0
 
 
@@ -180,7 +167,7 @@ def _score_slice(task: tuple[npt.NDArray[Any], npt.NDArray[Any], tuple[float, ..
     for threshold in thresholds:
         # What nobody annotated separates in the proposal as it does in the label.
         mask = (probability > threshold) & (label != NOT_ANNOTATED)
-        # A mask or a sure network gives the same proposal at many thresholds.
+        # A mask, or a network that is sure everywhere, gives the same proposal at many thresholds.
         key = np.packbits(mask).tobytes()
         if key not in found:
             found[key] = v_rand_v_info(mask, (label != 0) & (label != NOT_ANNOTATED))
@@ -200,8 +187,8 @@ def score_stack(
         probability: of "not membrane", [N, H, W] in [0, 1].
         labels: [N, H, W], 0 membrane, 1 not; pixels of 255 are not annotated and left out of all counts.
         thresholds: where proposals are cut.
-        jobs: processes that share the slices. They are started afresh, for a fork of a process with TensorFlow's
-            threads may hang; that takes them a second.
+        jobs: processes that share the slices. They start in a second, as new processes: a fork of a process with
+            TensorFlow's threads may hang.
 
     Raises:
         UnetError: if the shapes differ, there are no slices, or a value is not a number in [0, 1].
@@ -225,30 +212,3 @@ def score_stack(
         dice(probability, labels),
         pixel_error(probability, labels),
     )
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the scores of a probability stack."""
-    parser = argparse.ArgumentParser(prog="unet.scores", description="Score a probability stack as ISBI 2012 did.")
-    parser.add_argument("probability", type=Path, help="stack of non-membrane probabilities in [0, 1]")
-    parser.add_argument("labels", type=Path, help="stack of labels: masks of two values, or ids of cells")
-    add_label_flags(parser)
-    parser.add_argument("--pages", default=":", help="slices FIRST:LAST to score, LAST left out (default: all)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the slices")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    chosen = parser.parse_args(argv)
-    labels = read_labels(chosen.labels, label_options(chosen))
-    with open_volume(chosen.probability, PROBABILITY_LIMITS) as reader:
-        scale = 1.0 if reader.dtype.kind == "f" else float(np.iinfo(reader.dtype).max)
-        probability = np.stack([page / np.float32(scale) for page in reader])
-    if probability.shape != labels.shape:
-        raise UnetError(f"{chosen.probability} is {probability.shape} but {chosen.labels} is {labels.shape}")
-    pages = page_range(chosen.pages, len(labels))
-    scores = score_stack(probability[pages], labels[pages], jobs=chosen.jobs)
-    say(json.dumps(scores.as_dict()) if chosen.json else f"{len(pages)} slices: {scores}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Prints scores: ``python -m unet.scores``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from unet.errors import UnetError, command, say
+from unet.scores.slices import score_stack
+from unet.scores.volumes import score_volumes
+from unet.volume import (
+    LABEL_LIMITS,
+    PROBABILITY_LIMITS,
+    add_label_flags,
+    label_options,
+    open_volume,
+    page_range,
+    read_labels,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from unet.scores.slices import StackScores
+    from unet.scores.volumes import VolumeScores
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the scores of a probability stack, or of a volume of cells."""
+    parser = argparse.ArgumentParser(
+        prog="unet.scores", description="Score a probability stack as ISBI 2012 did, or a volume of cells as CREMI did."
+    )
+    parser.add_argument(
+        "proposal", type=Path, help="stack of non-membrane probabilities in [0, 1]; with --volume ids of segments"
+    )
+    parser.add_argument("labels", type=Path, help="stack of labels: masks of two values, or ids of cells")
+    parser.add_argument(
+        "--volume",
+        action="store_true",
+        help="compare ids of segments with ids of cells in 3-D; voxels whose true id is --ignore_label (default: 0) "
+        "do not count",
+    )
+    add_label_flags(parser)
+    parser.add_argument("--pages", default=":", help="slices FIRST:LAST to score, LAST left out (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the slices")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    chosen = parser.parse_args(argv)
+    pages, scores = _volume_scores(chosen) if chosen.volume else _stack_scores(chosen)
+    say(json.dumps(scores.as_dict()) if chosen.json else f"{len(pages)} slices: {scores}")
+    return 0
+
+
+def _stack_scores(chosen: argparse.Namespace) -> tuple[range, StackScores]:
+    labels = read_labels(chosen.labels, label_options(chosen))
+    with open_volume(chosen.proposal, PROBABILITY_LIMITS) as reader:
+        scale = 1.0 if reader.dtype.kind == "f" else float(np.iinfo(reader.dtype).max)
+        probability = np.stack([page / np.float32(scale) for page in reader])
+    if probability.shape != labels.shape:
+        raise UnetError(f"{chosen.proposal} is {probability.shape} but {chosen.labels} is {labels.shape}")
+    pages = page_range(chosen.pages, len(labels))
+    return pages, score_stack(probability[pages], labels[pages], jobs=chosen.jobs)
+
+
+def _volume_scores(chosen: argparse.Namespace) -> tuple[range, VolumeScores]:
+    if chosen.membrane_value is not None or chosen.membrane_width:
+        raise UnetError("--membrane_value and --membrane_width are for membranes: leave them out with --volume")
+    ignored = 0 if chosen.ignore_label is None else chosen.ignore_label
+    with open_volume(chosen.labels, LABEL_LIMITS) as truth, open_volume(chosen.proposal, LABEL_LIMITS) as segments:
+        pages = page_range(chosen.pages, truth.pages)
+        return pages, score_volumes(truth, segments, pages, ignored)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
