@@ -11,6 +11,8 @@ from serve.models.publish import versions_in
 from serve.server.guard import SHARED_MEMORY
 from serve.server.install import TritonError
 from unet.card import CARD_FILE, Card
+from unet.engine.cpu import EngineChoice
+from unet.engine.memory import bytes_per_pixel, total_memory
 from unet.files import sha256_of
 from unet.geometry import output_size
 from unet.names import INPUT
@@ -78,6 +80,18 @@ def _check_version(version: Path, config: Any) -> None:
         card = Card.load(version)
         if card.has_engine:
             card.verify_engine()
+            _check_memory(version, card)
+
+
+def _check_memory(version: Path, card: Card) -> None:
+    """Triton tries the largest tile before it is ready, and the system would kill the model's process."""
+    pixel_bytes = bytes_per_pixel(EngineChoice(card.engine.kind, card.engine.precision), card.model.get("base_filters"))
+    needed, there = max(card.tile_sizes) ** 2 * pixel_bytes, total_memory()
+    if needed > there:
+        raise TritonError(
+            f"{version} is for tiles of up to {max(card.tile_sizes)} pixels, of which a pass takes {needed >> 20} MiB; "
+            f"this machine, or its container, has {there >> 20}: export with smaller --tile_sizes, and publish again"
+        )
 
 
 def _require_no_pointer(path: Path) -> None:

@@ -173,10 +173,16 @@ def stop_kept(state_dir: Path) -> bool:
         Whether a server was running.
 
     Raises:
-        TritonError: it belongs to another user.
+        TritonError: it belongs to another user, or is only being started.
     """
+    if not state_dir.is_dir():
+        return False
     state = load_state(state_dir)
     if state is None:
+        lock = lock_state(state_dir)
+        if lock is None:
+            raise TritonError(f"a server is being started or stopped with {state_dir}: run this again in a moment")
+        os.close(lock)
         return False
     was_running = state.is_kept
     if was_running:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -98,6 +100,19 @@ def test_too_little_shared_memory_is_one_sentence(repository: Path, settings_for
     assert done.stdout == ""
     assert done.stderr.startswith("error: /dev/shm has 1 MiB free, and the python backend needs 2 there: give it 256")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_tile_size_beyond_the_machines_memory_is_one_sentence(
+    repository: Path, tiny_artefacts: Path, settings_for: MakeSettings, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
+    card = tmp_path / "artefacts" / "card.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "tile_sizes": [204, 40_012]}))
+    publish(card.parent, repository, ModelSettings())
+    settings = settings_for(repository)
+    with pytest.raises(TritonError, match=r"tiles of up to 40012 pixels, of which a pass takes \d+ MiB; this machine"):
+        TritonServer(settings).start()
+    assert not settings.log.exists()
 
 
 FILL_THE_DISK_AND_MAKE_A_KEY = """

@@ -14,10 +14,12 @@ import pytest
 from serve.models.config import ModelSettings
 from serve.models.publish import publish, versions_in
 from serve.repository import main as publish_command
+from serve.server.claims import Claims
 from serve.server.install import TritonError
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
 from serve.server.state import load_state
+from serve.triton import main as triton_command
 from tests.serve.server.conftest import finish, infer, state_of
 from unet.processes import free_ports
 
@@ -54,6 +56,21 @@ def test_of_two_starts_with_one_state_folder_one_says_why_it_is_none(command: Co
     # The loser has left the winner's state alone.
     assert finish(command("status")).startswith(f"ready: process {state_of(tmp_path).server_pid} ")
     assert finish(command("stop")) == "stopped\n"
+
+
+def test_a_server_that_is_only_being_started_is_not_said_to_be_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claims = Claims()
+    assert claims.take_state(tmp_path)
+    assert not Claims().take_state(tmp_path)
+    assert triton_command(["stop", "--state_dir", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: a server is being started or stopped with {tmp_path}: run this again in a moment\n"
+    )
+    claims.release()
+    assert triton_command(["stop", "--state_dir", str(tmp_path)]) == 0
 
 
 def test_the_answers_of_another_server_do_not_count(triton_server: TritonServer) -> None:
