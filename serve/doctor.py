@@ -21,6 +21,7 @@ from serve.server.install import TritonError, find_installation
 from serve.server.offers import (
     ABSENT,
     OK,
+    SHARED_MEMORY_REMEDY,
     WRONG,
     Finding,
     look_at_cores,
@@ -138,9 +139,7 @@ def look_at_shared_memory() -> Finding:
         fact += f", {sum(left) >> 20} MiB left by killed clients, which the next client removes"
     if free_mib >= _LEAST_SHARED_MIB:
         return Finding("/dev/shm", OK, fact)
-    return Finding(
-        "/dev/shm", WRONG, fact, "give it 256 MiB (docker run --shm-size=256m, or mount -o remount,size=256m /dev/shm)"
-    )
+    return Finding("/dev/shm", WRONG, fact, SHARED_MEMORY_REMEDY)
 
 
 def look_at_server(state_dir: Path) -> Finding:

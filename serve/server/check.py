@@ -10,6 +10,7 @@ from serve.models.config import CONFIG_FILE
 from serve.models.publish import versions_in
 from serve.server.guard import SHARED_MEMORY
 from serve.server.install import TritonError
+from serve.server.offers import SHARED_MEMORY_REMEDY
 from unet.card import CARD_FILE, Card
 from unet.engine.cpu import EngineChoice
 from unet.engine.memory import bytes_per_pixel, total_memory
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-SHARED_MEMORY_REMEDY = "give it 256 MiB (docker run --shm-size=256m, or mount -o remount,size=256m /dev/shm)"
 _LFS_POINTER = b"version https://git-lfs"
 # What the python backend sets aside for each copy of a network, before any tile.
-_COPY_BYTES = 1 << 20
+_COPY_MIB = 1
 
 
 def check_repository(repository: Path) -> list[str]:
@@ -102,22 +102,26 @@ def _require_no_pointer(path: Path) -> None:
 
 def _check_shared_memory(configs: Sequence[Any]) -> None:
     """Each copy of a network needs room for itself and for its largest tile, which Triton tries before it is ready."""
-    needed = 0
-    for config in configs:
-        sizes = [int(warmup.inputs[INPUT].dims[-1]) for warmup in config.model_warmup] or [0]
-        tile = max(size * size + 2 * output_size(size) ** 2 if size else 0 for size in sizes)
-        needed += sum(group.count for group in config.instance_group) * (_COPY_BYTES + tile)
+    needed_mib = sum(
+        sum(group.count for group in config.instance_group) * (_COPY_MIB + _tile_mib(config)) for config in configs
+    )
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError as error:
         raise TritonError(
             f"{SHARED_MEMORY}, which the python backend needs, cannot be used: {error.strerror}"
         ) from error
-    if free < needed:
+    if free < needed_mib << 20:
         raise TritonError(
-            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, and the python backend needs "
-            f"{math.ceil(needed / 2**20)} there: {SHARED_MEMORY_REMEDY}"
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, and the python backend needs {needed_mib} there: "
+            f"{SHARED_MEMORY_REMEDY}"
         )
+
+
+def _tile_mib(config: Any) -> int:
+    """Shared memory for the largest tile and its answer, each of which takes whole MiB."""
+    side = max((int(warmup.inputs[INPUT].dims[-1]) for warmup in config.model_warmup), default=0)
+    return sum(math.ceil(size / 2**20) for size in (side**2, 2 * output_size(side) ** 2)) if side else 0
 
 
 def _parse(path: Path) -> Any:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 OK, ABSENT, WRONG = "ok", "absent", "wrong"
+SHARED_MEMORY_REMEDY = "give it 256 MiB (docker run --shm-size=256m, or mount -o remount,size=256m /dev/shm)"
 _PYTHONS = ((3, 9), (3, 11))
 # Without these nothing of the project runs, by the names under which Python imports them.
 _PACKAGES = ("numpy", "PIL", "psutil", "scipy", "skimage", "tifffile", "tqdm", "google.protobuf", "tritonclient")

@@ -98,7 +98,7 @@ def test_too_little_shared_memory_is_one_sentence(repository: Path, settings_for
     done = in_namespace("mount -t tmpfs -o size=1M tmpfs /dev/shm", line)
     assert done.returncode == 2, done
     assert done.stdout == ""
-    assert done.stderr.startswith("error: /dev/shm has 1 MiB free, and the python backend needs 2 there: give it 256")
+    assert done.stderr.startswith("error: /dev/shm has 1 MiB free, and the python backend needs 3 there: give it 256")
     assert done.stderr.count("\n") == 1
 
 
