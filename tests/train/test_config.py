@@ -42,6 +42,25 @@ def test_flags_and_their_negations() -> None:
     assert parse_flags(["--no_augment", "--seed=0"]) == {"augment": False, "seed": 0}
 
 
+@pytest.mark.parametrize(
+    ("flags", "trains"),
+    [
+        (["--exec_mode=train"], True),
+        (["--exec_mode=train_and_evaluate"], True),
+        (["--exec_mode=evaluate"], False),
+        (["--exec_mode=train", "--benchmark"], False),
+        (["--exec_mode=train", "--preview_augmentation=x.png"], False),
+    ],
+)
+def test_which_commands_train(flags: list[str], trains: bool) -> None:
+    assert parse_config(flags).trains is trains
+
+
+def test_the_steps_between_validations_follow_the_run() -> None:
+    lengths = {"--max_steps=4": 100, "--max_steps=5000": 500, "--evaluate_every=7": 7}
+    assert {flag: parse_config([flag]).steps_between_validations for flag in lengths} == lengths
+
+
 def test_a_written_configuration_repeats_the_run(tmp_path: Path) -> None:
     config = TrainConfig(augment=True, max_steps=12, learning_rate=0.003)
     path = tmp_path / "config.json"
