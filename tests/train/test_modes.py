@@ -54,6 +54,9 @@ def test_evaluate_and_predict_need_no_more_than_the_folder(
 ) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     shutil.rmtree(run / "eval")
+    # A threshold that no slice would choose for itself here: the scores are taken at the run's.
+    (manifest,) = run.glob("best/step-*/manifest.json")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "threshold": 0.9}))
     # The data has moved, and the flags say nothing of the network or the fold.
     data = Path(shutil.copytree(phantom_dir, tmp_path / "moved"))
     for mode in ("evaluate", "predict"):
@@ -62,8 +65,12 @@ def test_evaluate_and_predict_need_no_more_than_the_folder(
     before = json.loads((trained / "eval" / "scores-96x96.json").read_text())
     after = json.loads((run / "eval" / "scores-96x96.json").read_text())
     assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert after[name] == pytest.approx(value), name
+    for name in ("slices", "held_out", "v_rand", "v_info", "best_v_rand", "best_v_info"):
+        assert after[name] == pytest.approx(before[name]), name
+    assert after["threshold"] == 0.9
+    assert after["v_rand_at_threshold"] == after["v_rand"][9]
+    assert after["v_info_at_threshold"] == after["v_info"][9]
+    assert before["threshold"] < 0.9
     probability = tifffile.imread(run / "eval" / "test-probability.tif")
     assert probability.shape == (2, 96, 96)
     assert 0 <= probability.min() < probability.max() <= 1

@@ -128,8 +128,11 @@ def test_image_label_and_cost_go_through_one_map(size: int) -> None:
 def test_a_part_of_a_large_slice_is_read_as_the_whole_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.random.default_rng(0).integers(0, 256, (700, 900), np.uint8)
     item = Slice("noise", image, (image > 60).astype(np.uint8))
+    plain = Windows([item], 444, NO_AUGMENTATION, seed=2).window(0)
     whole = [Windows([item], 444, Augmentation(), seed=2).window(number) for number in range(3)]
     monkeypatch.setattr("train.input.dataset._WHOLE_SLICE_PX", 1000)
+    for one, other in zip(Windows([item], 444, NO_AUGMENTATION, seed=2).window(0), plain):
+        np.testing.assert_array_equal(one, other)
     for number, (pixels, label, _) in enumerate(whole):
         part = Windows([item], 444, Augmentation(), seed=2).window(number)
         # OpenCV reads at 1/32 of a pixel, and rounds a place in the slice and one in the part differently.
