@@ -145,13 +145,16 @@ class TrainingLoop:
         ended = self.step == self.max_steps
         validates = bool(self.data.validation) and (ended or self.step % self.config.steps_between_validations == 0)
         saves = last or self.step % self.config.checkpoint_every == 0
+        started = time.perf_counter()
         if validates or saves:
             # On every rank: all hold the same weights, so all stop together.
             require_sound(self.trainer.variables, self.step, self._checkpoints)
         improved = self._validate() if validates else False
-        # A run that is resumed never begins before its best weights.
+        # A run that is resumed never starts before its best weights.
         if self.cluster.is_first and (saves or improved):
             self._checkpoints.save(self.step)
+        # The next line of the log is about training alone.
+        self._interval.started += time.perf_counter() - started
 
     def _one_step(self, asked: int) -> tuple[float, int]:
         """Run a step; the loss averaged over ranks, and the signal that any rank was sent, 0 for none."""
