@@ -30,43 +30,60 @@ _STEPS = 2**24
 
 @dataclass
 class _Work:
-    """A band whose tiles are under way."""
+    """A band whose tiles are under way.
+
+    Attributes:
+        job: what was asked for.
+        image: its pixels in 8 bits.
+        result: what is put together.
+        views: of each tile.
+        missing: answers that have not come yet.
+    """
 
     job: Job
-    window: Window | None
+    image: npt.NDArray[np.uint8]
     result: npt.NDArray[Any]
     views: int
-    batches: list[Batch] = field(default_factory=list)
+    missing: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def done(self) -> bool:
-        return all(batch.answered for batch in self.batches)
+    def fill(self, tile: Tile, view: int, into: npt.NDArray[np.uint8]) -> None:
+        """Put a tile, as seen in a view, into uint8 [S, S]."""
+        rows = mirrored_indices(tile.row0 - HALO, tile.size, self.job.height) - self.job.first_row
+        cols = mirrored_indices(tile.col0 - HALO, tile.size, self.image.shape[1])
+        into[...] = turned(gather(self.image, rows, cols), view)
 
-    def fill(self, tiles: Sequence[tuple[Tile, int]], images: npt.NDArray[np.uint8]) -> None:
-        """Put tiles, each as seen in a view, into uint8 [N, 1, S, S]."""
-        for place, (tile, view) in zip(images, tiles):
-            rows = mirrored_indices(tile.row0 - HALO, tile.size, self.job.height) - self.job.first_row
-            cols = mirrored_indices(tile.col0 - HALO, tile.size, self.job.image.shape[1])
-            place[0] = turned(to_uint8(gather(self.job.image, rows, cols), self.window), view)
-
-    def accept(self, tiles: Sequence[tuple[Tile, int]], outputs: npt.NDArray[np.float16]) -> None:
-        """Place answers, float16 [N, 1, S - 184, S - 184]."""
-        for output, (tile, view) in zip(outputs, tiles):
-            rows, cols = tile.write
-            into = self.result[rows.start - self.job.band.row0 : rows.stop - self.job.band.row0, cols]
-            answer = turned_back(output[0], view)[tile.source]
-            if self.views == 1:
-                into[...] = answer
-            else:
-                with self.lock:
-                    into += (answer.astype(np.float32) * np.float32(_STEPS)).astype(np.int32)
+    def accept(self, tile: Tile, view: int, output: npt.NDArray[np.float16]) -> None:
+        """Place an answer, float16 [S - 184, S - 184]."""
+        rows, cols = tile.write
+        into = self.result[rows.start - self.job.band.row0 : rows.stop - self.job.band.row0, cols]
+        answer = turned_back(output, view)[tile.source]
+        if self.views == 1:
+            into[...] = answer
+        with self.lock:
+            if self.views > 1:
+                into += (answer.astype(np.float32) * np.float32(_STEPS)).astype(np.int32)
+            self.missing -= 1
 
     def probability(self) -> npt.NDArray[Any]:
         """The finished rows: float16, or float32 where several views were taken the mean of."""
         if self.views == 1:
             return self.result
         return (self.result / (self.views * _STEPS)).astype(np.float32)
+
+
+# A tile of a band, and how it is seen.
+_Part = tuple[_Work, "Tile", int]
+
+
+def _fill(parts: Sequence[_Part], images: npt.NDArray[np.uint8]) -> None:
+    for image, (work, tile, view) in zip(images, parts):
+        work.fill(tile, view, image[0])
+
+
+def _accept(parts: Sequence[_Part], outputs: npt.NDArray[np.float16]) -> None:
+    for output, (work, tile, view) in zip(outputs, parts):
+        work.accept(tile, view, output[0])
 
 
 class Segmenter:
@@ -192,40 +209,55 @@ class Segmenter:
             ClientError: if the server does not answer or refuses.
         """
         works: deque[_Work] = deque()
-        ahead = self.settings.in_flight * len(self.settings.urls)
+        batches: deque[Batch] = deque()
+        parts: list[_Part] = []
         try:
             for job in jobs:
                 works.append(self._begin(job, window))
-                self._submit(works[-1])
+                for part in self._parts(works[-1]):
+                    if parts and parts[0][1].size != part[1].size:
+                        self._submit(parts, batches)
+                    parts.append(part)
+                    if len(parts) == self.settings.batch_size:
+                        self._submit(parts, batches)
                 # One request that takes long must not let finished slices pile up behind it.
-                while works and (works[0].done or len(works) > ahead):
-                    yield self._finished(works)
+                while works and (works[0].missing == 0 or len(works) > self._ahead(works[0])):
+                    yield self._finished(works, parts, batches)
             while works:
-                yield self._finished(works)
+                yield self._finished(works, parts, batches)
         finally:
-            for work in works:
-                for batch in work.batches:
-                    batch.wanted = False
+            for batch in batches:
+                batch.wanted = False
 
     def _begin(self, job: Job, window: Window | None) -> _Work:
         dtype = np.float16 if self._views == 1 else np.int32
-        shape = (job.band.row1 - job.band.row0, job.image.shape[1])
-        return _Work(job, window, np.zeros(shape, dtype), self._views)
+        result = np.zeros((job.band.row1 - job.band.row0, job.image.shape[1]), dtype)
+        return _Work(job, to_uint8(job.image, window), result, self._views, len(job.band.tiles) * self._views)
 
-    def _submit(self, work: _Work) -> None:
-        size = work.job.tile_size
-        tiles = [(tile, view) for tile in work.job.band.tiles for view in range(self._views)]
-        batch_size = self.settings.batch_size
-        for first in range(0, len(tiles), batch_size):
-            part = tiles[first : first + batch_size]
-            batch = Batch(len(part), partial(work.fill, part), partial(work.accept, part))
-            work.batches.append(batch)
-            self._dispatcher.submit(batch, (batch_size, 1, size, size))
+    def _parts(self, work: _Work) -> Iterator[_Part]:
+        return ((work, tile, view) for tile in work.job.band.tiles for view in range(self._views))
 
-    def _finished(self, works: deque[_Work]) -> tuple[Job, npt.NDArray[Any]]:
-        self._dispatcher.wait_for(lambda: works[0].done)
+    def _ahead(self, work: _Work) -> int:
+        """Bands that may be under way: as many as keep all servers busy."""
+        requests = self.settings.in_flight * len(self.settings.urls)
+        return requests * -(-self.settings.batch_size // (len(work.job.band.tiles) * self._views))
+
+    def _submit(self, parts: list[_Part], batches: deque[Batch]) -> None:
+        """Send what has been gathered as one request."""
+        size, batch_size = parts[0][1].size, self.settings.batch_size
+        batch = Batch(len(parts), partial(_fill, parts[:]), partial(_accept, parts[:]))
+        parts.clear()
+        batches.append(batch)
+        self._dispatcher.submit(batch, (batch_size, 1, size, size))
+
+    def _finished(self, works: deque[_Work], parts: list[_Part], batches: deque[Batch]) -> tuple[Job, npt.NDArray[Any]]:
+        if any(work is works[0] for work, _, _ in parts):
+            self._submit(parts, batches)
+        self._dispatcher.wait_for(lambda: works[0].missing == 0)
+        # Batches refer to bands: their pixels go with the last reference, not at some collection.
+        while batches and batches[0].answered:
+            batches.popleft()
         work = works.popleft()
-        work.batches.clear()  # they refer to it: its pixels go with the last reference, not at some collection
         return work.job, work.probability()
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ class Settings:
         patience_s: how long servers that went away are waited for once none is left, in seconds.
         shared_memory: "auto" hands pixels over in shared memory where the server is on this machine and takes it; "on"
             insists, "off" sends them, "cuda" insists on memory of the GPU that both sides use.
-        batch_size: tiles of one slice in one request, at most.
+        batch_size: tiles in one request, at most; of several slices where one has fewer.
         in_flight: requests under way at a time at each server.
         tta: test-time augmentation: the mean of the answers to eight views of each tile, turned and mirrored; it takes
             eight times as long.
@@ -44,7 +44,7 @@ class Settings:
     timeout_s: float = setting(60.0, "longest wait for an answer, in seconds")
     patience_s: float = setting(30.0, "how long servers that went away are waited for once none is left, in seconds")
     shared_memory: str = setting("auto", "with a server on this machine", choices=tuple(SHARED_MEMORY))
-    batch_size: int = setting(1, "tiles of a slice in one request")
+    batch_size: int = setting(1, "tiles in one request, of several slices where one has fewer")
     in_flight: int = setting(4, "requests under way at a time, at each server")
     tta: bool = setting(False, "mean of eight turned and mirrored views; takes eight times as long")
 

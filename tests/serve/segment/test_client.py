@@ -137,6 +137,23 @@ def test_the_answer_is_the_engines_own_on_the_same_tiles(
         np.testing.assert_array_equal(segmenter.segment_slice(image), direct.astype(np.float32))
 
 
+def test_a_request_takes_tiles_of_several_slices(triton_server: TritonServer) -> None:
+    import tritonclient.grpc as grpc
+
+    url = triton_server.settings.grpc_url
+    images = [RNG.integers(0, 256, (20, 20), np.uint8) for _ in range(21)]
+    with grpc.InferenceServerClient(url) as client, Segmenter(url, batch_size=8) as segmenter:
+
+        def requests() -> int:
+            [stats] = client.get_inference_statistics("unet").model_stats
+            return int(stats.inference_stats.success.count)
+
+        before = requests()
+        for image, answer in zip(images, segmenter.segment(images)):
+            np.testing.assert_array_equal(answer, expected(image))
+        assert requests() - before == 3
+
+
 def test_a_slow_slice_holds_its_place_and_the_others_back(odd_url: str) -> None:
     taken = 0
 
