@@ -153,11 +153,11 @@ class Demo:
         """As many steps as fit into the minutes, in one process, with progress from its log."""
         words = recipe.trainer_line(self.data_dir, self.results, {**self.flags, "max_minutes": f"{self.minutes:g}"})
         progress = Progress("train", self.minutes * 60)
-        share, note, total = None, "starting", 0
+        share, left_s, note, total = None, None, "starting", 0
         with self._step("train", progress, words) as (process, log):
             for text in follow(process, self.results / LOG_NAME):
                 if text is None:
-                    progress.pulse(share, note)
+                    progress.pulse(share, left_s, note)
                     continue
                 event = json.loads(text.removeprefix("DLLL "))
                 step, data = event["step"], event["data"]
@@ -165,7 +165,8 @@ class Demo:
                     total = data["max_steps"]
                     self._announce(progress, step, total, data["step_s"])
                 if "img_per_s" in data:
-                    share = step / total if total else None
+                    if total:
+                        share, left_s = step / total, (total - step) * int(self.flags["batch_size"]) / data["img_per_s"]
                     note = f"step {step}, loss {data['loss']:.4f}, {data['img_per_s']:.1f} img/s"
                 if "dice" in data:
                     progress.line(f"   step {step}: validation Dice {data['dice']:.4f}")

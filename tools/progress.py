@@ -56,21 +56,22 @@ class Progress:
         self._stream.flush()
         self._shown = time.monotonic()
 
-    def pulse(self, share: float | None = None, note: str = "") -> None:
+    def pulse(self, share: float | None = None, left_s: float | None = None, note: str = "") -> None:
         """Show a sign of life if the last one is some time ago.
 
         Args:
             share: how much is done, 0 to 1; by default the elapsed share of the expected time.
+            left_s: seconds until the end; by default what is left of the expected time.
             note: what else there is to say.
         """
         if time.monotonic() - self._shown < (DRAW_EVERY_S if self._terminal else LINE_EVERY_S):
             return
         if not self._terminal:
-            self.line(f"   {self._title}: {self._text(share, note)}")
+            self.line(f"   {self._title}: {self._text(left_s, note)}")
             return
         done = self._share(share)
         filled = round(done * BAR_CELLS) if done is not None else 0
-        text = f"{self._title} [{'#' * filled}{'.' * (BAR_CELLS - filled)}] {self._text(share, note)}"
+        text = f"{self._title} [{'#' * filled}{'.' * (BAR_CELLS - filled)}] {self._text(left_s, note)}"
         self._stream.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
         self._stream.flush()
         self._shown = time.monotonic()
@@ -86,17 +87,16 @@ class Progress:
             share = self.elapsed_s / self._expected_s
         return None if share is None else min(1.0, share)
 
-    def _text(self, share: float | None, note: str) -> str:
+    def _text(self, left_s: float | None, note: str) -> str:
         parts = [note, f"{in_words(self.elapsed_s)} so far"]
-        if share is not None and 0 < share < 1:
-            parts.append(f"about {in_words(self.elapsed_s * (1 - share) / share)} left")
-        elif share is None and self._expected_s is not None:
-            left_s = self._expected_s - self.elapsed_s
-            parts.append(
-                f"about {in_words(left_s)} left"
-                if left_s > 1
-                else f"longer than the usual {in_words(self._expected_s)}"
-            )
+        expected_s = self._expected_s
+        if left_s is None and expected_s is not None:
+            left_s = expected_s - self.elapsed_s
+            ending = f"longer than the usual {in_words(expected_s)}"
+        else:
+            ending = "nearly done"
+        if left_s is not None:
+            parts.append(f"about {in_words(left_s)} left" if left_s > 1 else ending)
         return ", ".join(filter(None, parts))
 
 
