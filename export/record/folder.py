@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from typing import TYPE_CHECKING
 
 from export.errors import ExportError
+from unet.files import take_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,12 +36,10 @@ def _locked(lock: Path) -> int:
     """A descriptor of the lock's file, locked; its holder removes the file before it lets go."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if take_lock(descriptor) is False:
             os.close(descriptor)
             held = lock.with_name(lock.name[1 : -len(".lock")])
-            raise ExportError(f"another process writes {held}: wait for it, or name another folder") from error
+            raise ExportError(f"another process writes {held}: wait for it, or name another folder")
         with contextlib.suppress(FileNotFoundError):
             if os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from unet.engine.targets import TARGETS, TRITON, target_of
+from unet.engine.targets import TARGETS, TENSORRT, TRITON, same_release, target_of
 from unet.machine import Gpu, cpu_amp_dtype, instruction_sets, machine, numa_nodes, parse_gpus, run_tool
 
 if TYPE_CHECKING:
@@ -117,13 +117,15 @@ def look_at_tensorrt(gpus: Sequence[Gpu]) -> Finding:
     """Whether plans can be built here, by trtexec or from Python."""
     trtexec = shutil.which("trtexec")
     if trtexec is not None:
-        return Finding("TensorRT", OK, f"trtexec is {trtexec}")
+        return Finding("TensorRT", OK, f"trtexec is {trtexec}", f"its plans are served only if it is {TENSORRT}")
     if (found := version_of("tensorrt")) is not None:
-        return Finding("TensorRT", OK, found)
+        fits = same_release(found, TENSORRT)
+        remedy = "" if fits else f"Triton {TRITON} loads plans of {TENSORRT} alone: pip install tensorrt=={TENSORRT}"
+        return Finding("TensorRT", OK if fits else WRONG, found, remedy)
     if (found := version_of("tensorrt-rtx-cu12") or version_of("tensorrt_rtx")) is not None:
         return Finding("TensorRT", OK, f"TensorRT-RTX {found}, for compute capability 7.5 and newer")
     remedy = (
-        "pip install '.[gpu]', or build the plan in the container nvcr.io/nvidia/tensorrt:24.09-py3"
+        f"pip install '.[gpu]', or build the plan in the container nvcr.io/nvidia/tensorrt:{TRITON}-py3"
         if gpus
         else "only the GPU profiles need it"
     )

@@ -139,6 +139,23 @@ def test_a_gpu_is_judged_by_driver_and_compute_capability(said: str, states: lis
     assert words in str(findings[-1])
 
 
+@pytest.mark.parametrize(
+    ("version", "state", "words"),
+    [
+        ("10.4.0", "ok", ""),
+        ("10.13.2", "wrong", "Triton 24.09 loads plans of 10.4.0 alone"),
+        ("8.6.1", "wrong", "10.4.0"),
+    ],
+)
+def test_a_tensorrt_whose_plans_no_triton_here_loads_is_wrong(
+    version: str, state: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.server.offers.metadata.version", lambda package: version)
+    found = offers.look_at_tensorrt([])
+    assert (found.state, found.fact) == (state, version)
+    assert words in found.remedy
+
+
 def test_horovod_without_nccl_is_wrong_where_there_are_gpus() -> None:
     found = offers.look_at_horovod(gpu=True)
     if found.state == "absent":
