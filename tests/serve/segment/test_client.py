@@ -262,7 +262,7 @@ def test_forgotten_shared_memory_is_made_known_again(url: str) -> None:
         assert own_regions(url)
 
 
-def test_too_little_shared_memory_is_done_without(url: str) -> None:
+def test_too_little_shared_memory_is_done_without(url: str, caplog: pytest.LogCaptureFixture) -> None:
     image = np.full((60, 60), 51, np.uint8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -270,6 +270,7 @@ def test_too_little_shared_memory_is_done_without(url: str) -> None:
         with Segmenter(url) as segmenter:
             np.testing.assert_array_equal(segmenter.segment_slice(image), expected(image))
             assert not own_regions(url)
+        assert "the pixels are sent: /dev/shm has too little room" in caplog.text
         with Segmenter(url, shared_memory="on") as segmenter:
             with pytest.raises(ClientError, match="cannot share memory with this process"):
                 segmenter.segment_slice(image)

@@ -140,7 +140,7 @@ def test_a_tiff_and_the_death_of_a_worker_and_of_the_scheduler(
 ) -> None:
     address, scheduler, workers = parts
     source = tmp_path / "v.tif"
-    tifffile.imwrite(source, RNG.integers(0, 256, (400, 300, 170), np.uint8), photometric="minisblack")
+    tifffile.imwrite(source, RNG.integers(0, 256, (240, 300, 170), np.uint8), photometric="minisblack")
     line = [str(source), "--url", triton_server.settings.grpc_url, "--output", "mask", "--output", "probability"]
     assert main([*line, "--quiet", "--output_dir", str(tmp_path / "alone")]) == 0
     # One of two workers dies: the other one does its work.
