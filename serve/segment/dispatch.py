@@ -135,7 +135,8 @@ class Dispatcher:
         with self._changed:
             oldest = min((request.sent_at for request in self._under_way), default=time.monotonic())
         if time.monotonic() - oldest >= self._silence_s:
-            raise self.pool.for_good(ServerError(f"no server has answered for {self._silence_s:g} s: see their logs"))
+            said = f"no server has answered for {self._silence_s:g} s: see their logs"
+            raise self.pool.for_good(ServerError(said, Action.LEAVE))
 
     def _judge(self, request: _Request, error: Exception) -> None:
         """Put a batch that failed back, and do about its server what the table says.

@@ -130,7 +130,8 @@ class Pool:
 
     def _none_serves(self, faults: list[ClientError]) -> ServerError:
         listed = "; ".join(str(fault).split(": ")[0] for fault in faults)
-        return ServerError(f"none of {', '.join(self._settings.urls)} serves {self._settings.model_name}: {listed}")
+        urls, name = ", ".join(self._settings.urls), self._settings.model_name
+        return ServerError(f"none of {urls} serves {name}: {listed}", Action.REOPEN)
 
     def _settle(self, server: Server, outcome: Opened | Exception, shape: Shape | None) -> list[Slot]:
         if isinstance(outcome, Opened):
