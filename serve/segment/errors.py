@@ -79,6 +79,10 @@ RULES = (
         ("UNAVAILABLE",), "resolving|lookup", Action.REOPEN,
         "the name of {server} cannot be resolved: check it, and the network",
     ),
+    Rule(
+        ("UNAVAILABLE",), "protocol is restricted", Action.SEND_PIXELS,
+        "{server} is open to the network, and shares no memory with clients ({said})",
+    ),
     Rule(("UNAVAILABLE",), "ready state|not ready", Action.REOPEN, "{model} on {server} is not ready: see its log"),
     Rule(("UNAVAILABLE",), "", Action.REOPEN, "no server answers at {server}: {reach}"),
     Rule(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from serve.models.config import ModelSettings
 from serve.models.publish import publish, versions_in
@@ -20,7 +22,7 @@ from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
 from serve.server.state import load_state
 from serve.triton import main as triton_command
-from tests.serve.server.conftest import finish, infer, state_of
+from tests.serve.server.conftest import ROOT, finish, infer, state_of
 from unet.processes import free_ports
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -117,6 +119,22 @@ def test_names_and_both_kinds_of_addresses_are_listened_on(
     for host in reached_at:
         np.testing.assert_allclose(infer(f"{host}:{state.grpc_port}", image), np.ones((1, 1, 20, 20)), atol=1e-3)
     assert finish(command("status")).startswith("ready: ")
+    assert finish(command("stop")) == "stopped\n"
+
+
+def test_a_client_of_this_machine_is_served_by_a_server_that_is_open_to_the_network(
+    command: Command, tmp_path: Path
+) -> None:
+    """It shares no memory with anyone, so that the client sends its pixels."""
+    finish(command("start", "--address", "0.0.0.0"))
+    state = state_of(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (2, 80, 90), np.uint8)
+    tifffile.imwrite(tmp_path / "stack.tif", images, photometric="minisblack")
+    line = [sys.executable, "serve/client.py", str(tmp_path / "stack.tif"), "--url", f"127.0.0.1:{state.grpc_port}"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    probability = tifffile.imread(tmp_path / "stack-probability.tif")
+    np.testing.assert_allclose(probability, images / 255, atol=1e-3)
     assert finish(command("stop")) == "stopped\n"
 
 
