@@ -15,7 +15,6 @@ import psutil
 
 from serve.segment.errors import ClientError
 
-DEFAULT_PORT = 8001
 _ENCRYPTED = ("grpcs", "https")
 _SCHEMES = ("grpc", "http", *_ENCRYPTED)
 # In gRPC's own order; it reads no others.

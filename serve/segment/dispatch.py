@@ -81,6 +81,8 @@ class Dispatcher:
         """
         self.settings = settings
         self.resent = 0
+        # Every request ends by its deadline; this is well beyond it.
+        self._silence_s = 2 * settings.timeout_s + 1
         self._shape: Shape | None = None
         self._waiting: deque[Batch] = deque()
         # What connections' threads change too, under the condition.
@@ -114,7 +116,7 @@ class Dispatcher:
                 if not self._failed and done():
                     return
                 pause_s = min(self.pool.pause_s(), self._silence_s)
-                heard = self._changed.wait_for(lambda: self._has_news() or done(), pause_s)
+                heard = self._changed.wait_for(lambda: self._news or self.pool.has_news or done(), pause_s)
                 self._news = False
                 failed, self._failed = self._failed, deque()
                 silent = not heard and bool(self._under_way)
@@ -122,14 +124,6 @@ class Dispatcher:
                 self._judge(request, error)
             if silent:
                 self._check_silence()
-
-    def _has_news(self) -> bool:
-        return self._news or bool(self._failed) or any(server.has_outcome for server in self.pool.servers)
-
-    @property
-    def _silence_s(self) -> float:
-        """Every request ends by its deadline; this is well beyond it."""
-        return 2 * self.settings.timeout_s + 1
 
     def _check_silence(self) -> None:
         with self._changed:
@@ -288,8 +282,7 @@ class Dispatcher:
     def _give_up_requests(self) -> None:
         """Await what is under way, though not for long, and cancel the rest.
 
-        Something is under way only when an error or Ctrl-C got here first. A server does not forget memory that it is
-        still writing to, so that a little patience leaves it cleaner than cancelling at once.
+        Something is under way only after an error or Ctrl-C. A server keeps memory that it is still writing to.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._under_way, _FINISH_TIMEOUT_S)

@@ -154,6 +154,11 @@ class Pool:
             raise outcome
         return []
 
+    @property
+    def has_news(self) -> bool:
+        """Whether ``tend`` has a connection to take over, or the news that there is none."""
+        return any(server.has_outcome for server in self.servers)
+
     def pause_s(self) -> float:
         """Seconds until ``tend`` has something to do, or a server may be asked again; infinite if nothing is due."""
         now = time.monotonic()

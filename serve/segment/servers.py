@@ -53,7 +53,7 @@ class Trouble:
 
 
 class Server:
-    """One server; its attributes change in the dispatcher's thread alone.
+    """One server; its attributes change in the dispatcher's thread, but for ``trouble``, which an answer ends.
 
     Attributes:
         url: its address.

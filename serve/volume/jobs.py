@@ -63,7 +63,7 @@ class JobList:
         Raises:
             ClientError: results would go over an input or over each other, or there is too little room for them.
         """
-        self.jobs, self._request, self._tta = [VolumeJob(source) for source in sources], request, tta
+        self.jobs, self._request = [VolumeJob(source) for source in sources], request
         self._refuse_clashes()
         with contextlib.ExitStack() as stack:
             wanted = []

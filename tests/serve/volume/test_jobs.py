@@ -193,6 +193,23 @@ def test_servers_that_are_gone_end_the_list(
     assert len(list(out.glob("*-probability.tif"))) == 3
 
 
+def test_two_clients_do_not_write_one_output(url: str, stacks: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = line_for(stacks[:1], url, out, "--quiet")
+    with subprocess.Popen(line) as first:
+        while not (out / "a.partial" / "journal.jsonl").exists():
+            assert first.poll() is None
+            os.sched_yield()
+        os.kill(first.pid, signal.SIGSTOP)
+        try:
+            second = subprocess.run([*line, "--resume"], stderr=subprocess.PIPE, check=False, text=True)
+        finally:
+            os.kill(first.pid, signal.SIGCONT)
+    assert (first.returncode, second.returncode) == (0, 2)
+    assert "another process is writing" in second.stderr
+    assert tifffile.imread(out / "a-probability.tif").shape == (20, 120, 130)
+
+
 @pytest.mark.parametrize("flag", ["--dry_run", "--dry-run"])
 def test_a_dry_run_by_its_present_and_its_old_name(
     url: str, stacks: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
