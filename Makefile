@@ -56,9 +56,7 @@ demo: install  ## train briefly, export, serve, segment, score and benchmark (DE
 
 .PHONY: report
 report: install  ## one page with slices, scores, speed and card of what the demo made (REPORT_FLAGS=)
-	@[ -f demo/benchmark/benchmark.json ] || { echo "error: demo/ has no results: run \`make demo\` first" >&2; exit 2; }
-	@$(BIN)/python serve/report.py --images demo/held-out-volume.tif --probability demo/held-out-volume-probability.tif \
-	--labels demo/held-out-labels.tif --benchmark demo/benchmark/benchmark.json --artefacts demo/artefacts $(REPORT_FLAGS)
+	@$(BIN)/python serve/report.py $(REPORT_FLAGS)
 
 .PHONY: doctor
 doctor:  ## what this machine can do, and what to install for more
@@ -142,7 +140,7 @@ test-gpu: install  ## the tests that need an NVIDIA GPU
 lint: install  ## ruff, the contracts between the rooms, and their counts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m tools.rooms
+	@$(BIN)/python -m tools.rooms --strict
 
 .PHONY: types
 types: install  ## mypy

@@ -132,9 +132,8 @@ class PerfAnalyzer:
             if code != _UNSTABLE:
                 break
         if code or not report.exists():
-            tail = "\n".join(said.strip().splitlines()[-8:])
-            how = f"{_ending(code)} at batch {batch_size}"
-            raise MeasureError(f"perf_analyzer {how}; the end of its output is:\n{tail}")
+            end = "\n".join(said.strip().splitlines()[-8:])
+            raise MeasureError(f"perf_analyzer {_ending(code)} at batch {batch_size}; the end of its output is:\n{end}")
         counted = re.search(r"Request count: (\d+)", said)
         row = read_report(report)
         return replace(row, requests=int(counted[1]) if counted else 0, stable=percent == STABLE_PERCENT)
