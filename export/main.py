@@ -47,9 +47,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--int8",
         action="store_true",
         default=None,
-        help="fail where an engine in 8-bit integers cannot be considered; by default it is considered where NNCF is "
-        "installed and there are labels of slices that training did not see, and taken only if it is the fastest "
-        "and keeps their scores",
+        help="fail where an engine in 8-bit integers cannot be considered, and accept 0.995 of the scores of slices "
+        "that training did not see; by default it is considered where NNCF is installed and such slices have labels, "
+        "and taken only if it is the fastest and keeps 0.999",
     )
     int8.add_argument("--no_int8", "--no-int8", dest="int8", action="store_false", help="do not consider it")
     return parser.parse_args(argv)

@@ -16,7 +16,7 @@ import numpy as np
 from export.errors import ExportError, ParityError
 from export.gate.engine_choice import choose_engine
 from export.gate.half_arithmetic import HalfArithmetic
-from export.gate.parity import HALF_ARITHMETIC, LOGITS, SAME_TYPE, compare
+from export.gate.parity import HALF_ARITHMETIC, INTEGER, INTEGER_ASKED_FOR, LOGITS, SAME_TYPE, compare
 from export.gate.proof import LARGEST_BATCH, Batch, Evidence, Step, prove
 from export.gate.scoring import Judge, gather_scored
 from export.gate.tiles import Source, distinct_tiles, gather_tiles, training_tiles
@@ -161,11 +161,15 @@ def _export(config: ExportConfig, run: TrainingRun, folder: Path, say: Callable[
     card.record(ONNX, folder / ONNX_FILE, SAVED_MODEL, command, proof=proof, versions=used)
     card.model["base_filters"] = graph.base_filters(model)
 
-    proof = _to_half(folder, model, evidence, say)
-    divided = [f"{name}={factor:g}" for name, factor in proof.facts["divided"].items()]
-    flags = ["--divide", *divided] if divided else []
-    command = shell("python", "-m", "export.steps.half_precision", ONNX_FILE, HALF_FILE, *flags)
-    card.record(HALF, folder / HALF_FILE, ONNX, command, proof=proof, versions=versions("onnx", "numpy"))
+    try:
+        _to_half(card, model, evidence, say)
+    except ExportError as error:
+        # A plan is made of it. An engine for a CPU computes in other formats, and takes the float32 file as well.
+        if config.target != "cpu":
+            raise
+        (folder / HALF_FILE).unlink(missing_ok=True)
+        card.model["half_refused"] = str(error)
+        say(f"no {HALF_FILE}, which a CPU does not need: {error}")
 
     if config.target == "cpu":
         _add_engine(card, config, source, evidence, say)
@@ -229,13 +233,13 @@ def _to_onnx(
     )
 
 
-def _to_half(folder: Path, model: onnx.ModelProto, evidence: Evidence, say: Callable[[str], None]) -> Proof:
+def _to_half(card: Card, model: onnx.ModelProto, evidence: Evidence, say: Callable[[str], None]) -> None:
     exact = HalfArithmetic(model, rounded=False)
     exact.infer(evidence.tiles.batches[0][:1])
     divided = scaling.factors(exact.peaks)
     for name, factor in divided.items():
         say(f"{HALF}: {name} is divided by {factor:g}, since it reaches {exact.peaks[name]:.3g}: the same function")
-    path = folder / HALF_FILE
+    path = card.folder / HALF_FILE
     graph.write_model(to_half(scaling.divided(model, divided)), path)
     rounded = HalfArithmetic(graph.read_model(path))
     proof = prove(
@@ -252,20 +256,22 @@ def _to_half(folder: Path, model: onnx.ModelProto, evidence: Evidence, say: Call
     )
     layer, peak = max(((name, peak) for name, peak in rounded.peaks.items() if "/" in name), key=lambda one: one[1])
     say(f"{HALF}: the largest result of a layer is {peak:.4g} ({layer}), float16 ends at 65504")
-    return proof
+    flags = ["--divide", *(f"{name}={factor:g}" for name, factor in divided.items())] if divided else []
+    command = shell("python", "-m", "export.steps.half_precision", ONNX_FILE, HALF_FILE, *flags)
+    card.record(HALF, path, ONNX, command, proof=proof, versions=versions("onnx", "numpy"))
 
 
 def _add_engine(
     card: Card, config: ExportConfig, source: Source, evidence: Evidence, say: Callable[[str], None]
 ) -> None:
     folder = card.folder
-    files = {ONNX: folder / ONNX_FILE, HALF: folder / HALF_FILE}
+    files = {name: folder / file for name, file in ((ONNX, ONNX_FILE), (HALF, HALF_FILE)) if name in card.artefacts}
     calibration = training_tiles(source, config.tile_sizes[0]) if config.int8 is not False else []
     if _considers_int8(config, evidence, calibration):
         files[INT8] = folder / INT8_FILE
         quantise(files[ONNX], calibration, files[INT8])
         say(f"{INT8}: calibrated on {len(calibration)} tiles of slices that training saw")
-    selection = choose_engine(files, evidence, say)
+    selection = choose_engine(files, evidence, say, int8=INTEGER_ASKED_FOR if config.int8 else INTEGER)
     engine = selection.engine
     if engine.file == INT8_FILE:
         used, command = versions("nncf", "openvino"), "python export/main.py --int8"

@@ -52,7 +52,12 @@ class Selection:
 
 
 def choose_engine(
-    files: Mapping[str, Path], evidence: Evidence, note: Note, choices: Sequence[EngineChoice] | None = None
+    files: Mapping[str, Path],
+    evidence: Evidence,
+    note: Note,
+    choices: Sequence[EngineChoice] | None = None,
+    *,
+    int8: Tolerance = INTEGER,
 ) -> Selection:
     """Load and time every engine that this CPU supports, then prove them from the fastest on.
 
@@ -61,6 +66,7 @@ def choose_engine(
         evidence: what to prove on, with the outputs of the artefacts.
         note: takes each result in words.
         choices: engines to consider beside INT8; None for all that this CPU supports.
+        int8: how far INT8 may be from the SavedModel.
 
     Returns:
         The fastest that is proven, which INT8 may be, and the fastest of those in float32.
@@ -73,7 +79,7 @@ def choose_engine(
     refused: dict[str, str] = {}
     for choice in considered:
         try:
-            engines[choice] = CpuEngine(files[_artefact(choice)], choice)
+            engines[choice] = CpuEngine(files[_artefact(choice, files)], choice)
         except EngineError as error:
             _refuse(choice, error, refused)
     rates = measure(engines, evidence.tiles)
@@ -82,7 +88,7 @@ def choose_engine(
         if proven and choice.precision != "f32":
             continue
         try:
-            proof = prove(_step(choice, engines[choice]), evidence, note)
+            proof = prove(_step(choice, engines[choice], _artefact(choice, files), int8), evidence, note)
         except (EngineError, ParityError) as error:
             _refuse(choice, error, refused)
             continue
@@ -94,24 +100,26 @@ def choose_engine(
     raise ParityError(f"no engine in float32 for this CPU computes the network; the last: {last}")
 
 
-def _artefact(choice: EngineChoice) -> str:
-    return INT8 if choice.precision == "int8" else FILE_OF[choice.kind]
+def _artefact(choice: EngineChoice, files: Mapping[str, Path]) -> str:
+    """What an engine loads; the float32 network where there is none in float16."""
+    wanted = INT8 if choice.precision == "int8" else FILE_OF[choice.kind]
+    return wanted if wanted in files else ONNX
 
 
-def _step(choice: EngineChoice, engine: CpuEngine) -> Step:
-    tolerance = tolerance_of(choice)
+def _step(choice: EngineChoice, engine: CpuEngine, artefact: str, int8: Tolerance) -> Step:
+    tolerance = int8 if choice.precision == "int8" else tolerance_of(choice)
     parents = {SAVED_MODEL: tolerance, ONNX: tolerance}
-    if _artefact(choice) == HALF:
+    if artefact == HALF:
         # Its outputs are those of float16 arithmetic, which an engine in float32 does not have.
         parents = {SAVED_MODEL: tolerance, HALF: BFLOAT if choice.precision == "bf16" else HALF_ARITHMETIC}
     return Step(str(choice), engine.model_path, engine.infer, tolerance, parents, serves=True)
 
 
 def tolerance_of(choice: EngineChoice) -> Tolerance:
-    """How far an engine's output may be from the SavedModel's."""
+    """How far the output of an engine in floating point may be from the SavedModel's."""
     if choice.kind == "onnxruntime":
         return SAME_TYPE
-    return {"int8": INTEGER, "bf16": BFLOAT, "f32": HALF_WEIGHTS}[choice.precision]
+    return BFLOAT if choice.precision == "bf16" else HALF_WEIGHTS
 
 
 def _refuse(choice: EngineChoice, error: Exception, refused: dict[str, str]) -> None:

@@ -142,10 +142,10 @@ def test_the_shell_command_has_the_settings_of_the_build() -> None:
 
 
 @pytest.mark.parametrize(
-    ("poison", "sentence"),
+    ("poison", "target", "sentence"),
     [
-        pytest.param(np.nan, "weights that are NaN or infinite: its training diverged", id="nan"),
-        pytest.param(3e6, "beyond float16's 65504", id="too large", marks=pytest.mark.slow),
+        pytest.param(np.nan, "cpu", "weights that are NaN or infinite: its training diverged", id="nan"),
+        pytest.param(3e6, "v100", "beyond float16's 65504", id="too large", marks=pytest.mark.slow),
     ],
 )
 def test_a_refused_export_leaves_the_former_artefacts(
@@ -154,15 +154,30 @@ def test_a_refused_export_leaves_the_former_artefacts(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     poison: float,
+    target: str,
     sentence: str,
     random_saved_model: Any,
 ) -> None:
     before = sha256_of(artefacts)
     random_saved_model(tmp_path / "saved_model", poison=poison)
-    assert export(tmp_path, artefacts, "--data_dir", data_dir) == 2
+    assert export(tmp_path, artefacts, "--data_dir", data_dir, "--target", target) == 2
     assert sentence in capsys.readouterr().err
     assert sha256_of(artefacts) == before
     assert [path.name for path in artefacts.parent.iterdir()] == [artefacts.name]
+
+
+@pytest.mark.slow
+def test_a_cpu_is_served_without_the_float16_file_where_that_cannot_be_proven(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], random_saved_model: Any
+) -> None:
+    random_saved_model(tmp_path / "run" / "saved_model", poison=3e6)
+    assert export(tmp_path / "run", tmp_path / "out", "--data_dir", data_dir) == 0
+    assert "no model.fp16.onnx, which a CPU does not need: " in capsys.readouterr().out
+    card = Card.load(tmp_path / "out")
+    assert list(card.artefacts) == ["saved_model", "onnx"]
+    assert not (tmp_path / "out" / "model.fp16.onnx").exists()
+    assert "beyond float16's 65504" in card.model["half_refused"]
+    assert load_engine(card).infer(np.zeros((1, 1, 204, 204), np.uint8)).shape == (1, 1, 20, 20)
 
 
 def test_folders_that_cannot_be_used_get_one_sentence(

@@ -110,17 +110,20 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
-from export.gate.engine_choice import choose_engine
+from export.gate import engine_choice
 from export.gate.proof import Evidence
 from export.gate.tiles import Tiles
 
+# INT8 is looked at first, whatever a busy machine would time.
+engine_choice.measure = lambda engines, tiles: {choice: float(-index) for index, choice in enumerate(engines)}
 folder = Path(sys.argv[1])
 with np.load(folder / "evidence.npz") as stored:
     tiles = Tiles("", tuple(stored[name] for name in stored.files if name.startswith("tiles")))
     due = [stored[name] for name in stored.files if name.startswith("due")]
 outputs = {name: list(due) for name in ("saved_model", "onnx", "onnx_fp16")}
 files = {"onnx": folder / "model.onnx", "onnx_fp16": folder / "model.fp16.onnx", "int8": folder / "model.int8.zip"}
-found = choose_engine({name: path for name, path in files.items() if path.exists()}, Evidence(tiles, outputs), print)
+files = {name: path for name, path in files.items() if path.exists()}
+found = engine_choice.choose_engine(files, Evidence(tiles, outputs), print)
 print(json.dumps(asdict(found)))
 """
 
