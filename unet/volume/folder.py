@@ -108,7 +108,7 @@ class FolderStack(Volume):
             with StackReader(file, self._limits) as reader:
                 pixels = reader[0]
         else:
-            pixels = _read_picture(file)
+            pixels = _read_picture(file, self._limits)
         if pixels.shape != (self.height, self.width) or pixels.dtype != self.dtype:
             raise StackError(f"{file} was changed while {self.path} was read: read it again")
         if self._limits.finite and pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
@@ -214,7 +214,7 @@ def _dtype_of(picture: PilImage.Image) -> str:
     return {"1": "uint8", "I": "int32", "F": "float32"}.get(picture.mode, "uint16" if "16" in picture.mode else "uint8")
 
 
-def _read_picture(file: Path) -> npt.NDArray[Any]:
+def _read_picture(file: Path, limits: Limits) -> npt.NDArray[Any]:
     """The grey pixels of a PNG or JPEG; one in colour has to show grey alone."""
     with _open_picture(file) as picture:
         dtype = _dtype_of(picture)
@@ -226,5 +226,5 @@ def _read_picture(file: Path) -> npt.NDArray[Any]:
             raise StackError(f"{file} is truncated or damaged ({error}): copy it again") from error
     grey = planes[..., 0]
     if not ((planes[..., 1] == grey).all() and (planes[..., 2] == grey).all() and (planes[..., 3] == 255).all()):
-        raise StackError(f"{file} is a colour image: convert the slices to 8- or 16-bit grey")
+        raise StackError(f"{file} {limits.in_colour}")
     return np.ascontiguousarray(grey)

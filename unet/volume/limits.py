@@ -22,6 +22,7 @@ class Limits:
         dtypes: pixel formats.
         finite: refuse floating-point slices with values that are no finite numbers, once they are read.
         usual: data sets that are meant in a file with several.
+        in_colour: what is said of slices in colour.
     """
 
     max_pages: int = 100_000
@@ -29,6 +30,7 @@ class Limits:
     dtypes: tuple[str, ...] = INTENSITY_DTYPES
     finite: bool = False
     usual: tuple[str, ...] = ("volumes/raw",)
+    in_colour: str = "is a colour image: convert the stack to 8- or 16-bit grey"
 
 
 IMAGE_LIMITS = Limits()
@@ -36,6 +38,8 @@ PROBABILITY_LIMITS = Limits(dtypes=("float32", "uint8", "uint16"), finite=True)
 LABEL_LIMITS = Limits(
     dtypes=("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
     usual=("volumes/labels/neuron_ids",),
+    in_colour="is a colour image, and RGB masks of one colour each are not read: save the labels in grey, as a mask "
+    "(membrane 0, other pixels 255) or as ids of cells (with --membrane_width)",
 )
 
 

@@ -12,6 +12,7 @@ from unet.volume.folder import FolderStack, is_pattern, is_picture, is_tiff, pla
 from unet.volume.hdf5 import Hdf5Stack, is_hdf5
 from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
 from unet.volume.mrc import MrcStack, is_mrc
+from unet.volume.n5 import N5Stack, is_n5, n5_root
 from unet.volume.ngff.reader import ZarrStack, is_zarr, load_zarr, remote_address, zarr_root
 from unet.volume.overlay import SOFTWARE
 from unet.volume.tiff.reader import StackReader
@@ -21,16 +22,15 @@ if TYPE_CHECKING:
 
 _START_BYTES = 212
 _INNER = ":/"
-# N5 keeps a folder's own words in this file.
-_N5_MARK = "attributes.json"
 
 
 def open_volume(path: str | os.PathLike[str], limits: Limits = IMAGE_LIMITS) -> Volume:
     """Open a volume of any format that is read.
 
     Args:
-        path: a TIFF, HDF5 or MRC file, a Zarr folder, a folder or a pattern of files of one slice each; ``:/PLACE``
-            behind it names an array inside an HDF5 file or a Zarr folder. Of a Zarr volume also an address, as s3://...
+        path: a TIFF, HDF5 or MRC file, a Zarr or N5 folder, a folder or a pattern of files of one slice each;
+            ``:/PLACE`` behind it names an array inside an HDF5 file, a Zarr or an N5 folder. Of a Zarr volume also an
+            address, as s3://...
         limits: what it may declare.
 
     Raises:
@@ -42,8 +42,8 @@ def open_volume(path: str | os.PathLike[str], limits: Limits = IMAGE_LIMITS) -> 
     if outer.is_dir():
         if is_zarr(outer):
             return ZarrStack(outer, limits, inner)
-        if (outer / _N5_MARK).exists():
-            raise StackError(f"{outer} is N5, which is not read: convert it to OME-Zarr")
+        if is_n5(outer):
+            return N5Stack(outer, limits, inner)
         return FolderStack(outer, limits)
     if is_pattern(outer):
         return FolderStack(outer, limits)
@@ -51,7 +51,9 @@ def open_volume(path: str | os.PathLike[str], limits: Limits = IMAGE_LIMITS) -> 
     if is_hdf5(start):
         return Hdf5Stack(outer, limits, inner)
     if inner:
-        raise StackError(f"{outer} is neither an HDF5 file nor a Zarr folder: {_INNER}{inner} names no place in it")
+        raise StackError(
+            f"{outer} is neither an HDF5 file nor a Zarr or N5 folder: {_INNER}{inner} names no place in it"
+        )
     if is_mrc(start):
         return MrcStack(outer, limits)
     return FolderStack(outer, limits) if is_picture(start) else StackReader(outer, limits)
@@ -77,11 +79,13 @@ def beside(path: Path) -> tuple[Path, str]:
         outer = place_of(outer)
         if str(outer) == ".":
             outer = Path.cwd()
-    root = zarr_root(outer)
+    root = n5_root(zarr_root(outer))
     if root != outer:
         inner = outer.relative_to(root).as_posix() + (f"/{inner}" if inner else "")
     place = inner.rsplit("/", 1)[-1]
     if not place:
+        if is_n5(root):
+            return root.parent, f"{root.stem}.tif"
         is_folder = root.is_dir() and not is_zarr(root)
         return root.parent, f"{root.name}.tif" if is_folder else root.name
     stem, ending = root.name, ""
@@ -107,7 +111,7 @@ def is_volume(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     if path.is_dir():
-        return is_zarr(path)
+        return is_zarr(path) or is_n5(path)
     start = _start_of(path)
     return is_hdf5(start) or is_mrc(start) or is_picture(start) or is_tiff(start)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -112,3 +115,34 @@ class FileIdentity:
     def changed(self) -> bool:
         """Whether it was written to, or another one has its name now; one that was moved away has not changed."""
         return self._look() not in (self._first, None)
+
+
+class FolderIdentity:
+    """Whether the files in a folder are still the ones that they were."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._first: str | None = None
+
+    def _look(self) -> str:
+        digest = hashlib.sha256()
+        for folder, names, files in os.walk(self._folder):
+            names.sort()
+            for name in sorted(files):
+                place = Path(folder, name).relative_to(self._folder).as_posix()
+                with contextlib.suppress(FileNotFoundError):  # removed at this moment: not there is what counts
+                    about = Path(folder, name).stat()
+                    digest.update(f"{place}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """A SHA-256, in hexadecimal, over names, sizes and times of the files.
+
+        The pixels themselves are not read: a volume may be larger than anyone wants to read twice.
+        """
+        self._first = self._first or self._look()
+        return {"sha256": self._first}
+
+    def changed(self) -> bool:
+        """Whether a file was written, added or removed since ``fingerprint`` was first asked for."""
+        return self._first is not None and self._look() != self._first

@@ -37,6 +37,7 @@ from unet.volume.opening import beside
 
 h5py = pytest.importorskip("h5py")
 mrcfile = pytest.importorskip("mrcfile")
+tensorstore = pytest.importorskip("tensorstore")
 zarr = pytest.importorskip("zarr", minversion="3")
 
 Array = npt.NDArray[Any]
@@ -105,6 +106,29 @@ def plain_zarr(folder: Path, pixels: Array) -> Path:
     return Path(f"{path}:/volumes/raw")
 
 
+def write_n5(path: Path, pixels: Array, **words: Any) -> None:
+    """A data set as tensorstore writes it: the fastest axis comes first."""
+    metadata = {
+        "dataType": pixels.dtype.name,
+        "dimensions": list(reversed(pixels.shape)),
+        "blockSize": [16, 16, 4],
+        "compression": {"type": "gzip"},
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    (path.parent / "attributes.json").write_text('{"n5": "2.5.0"}')
+    spec = {"driver": "n5", "kvstore": {"driver": "file", "path": str(path)}, "metadata": {**metadata, **words}}
+    tensorstore.open(spec, create=True).result()[...] = pixels.T
+
+
+def n5(folder: Path, pixels: Array) -> Path:
+    """N5 Viewer's layout: a pyramid with the pixel size at the full resolution."""
+    size = {"dimensions": list(reversed(SIZE_NM)), "unit": "nm"}
+    for level in range(2):
+        write_n5(folder / "v.n5" / "raw" / f"s{level}", pixels[:, :: level + 1, :: level + 1], pixelResolution=size)
+    (folder / "v.n5" / "attributes.json").write_text('{"n5": "2.5.0"}')
+    return folder / "v.n5"
+
+
 def mrc(folder: Path, pixels: Array) -> Path:
     path = folder / "v.map"
     with mrcfile.new(path) as file:
@@ -131,7 +155,7 @@ def pattern(folder: Path, pixels: Array) -> Path:
 
 FORMATS: dict[str, Callable[[Path, Array], Path]] = {
     maker.__name__: maker
-    for maker in (tiff, cremi, ilastik, ngff_04, ngff_05_sharded, plain_zarr, mrc, pictures, pattern)
+    for maker in (tiff, cremi, ilastik, ngff_04, ngff_05_sharded, plain_zarr, n5, mrc, pictures, pattern)
 }
 SIZED = sorted(set(FORMATS) - {"plain_zarr", "pictures", "pattern"})
 
@@ -196,9 +220,10 @@ def test_a_change_is_noticed(name: str, tmp_path: Path) -> None:
     path = FORMATS[name](tmp_path, STACK)
     with open_volume(path) as volume:
         volume.fingerprint()
-        if name in ("ngff_04", "ngff_05_sharded", "plain_zarr"):
-            files = [file for file in (tmp_path / "v.zarr").rglob("*") if file.is_file()]
-            chunk = next(file for file in files if file.name[0] != "." and file.name != "zarr.json")
+        if name in ("ngff_04", "ngff_05_sharded", "plain_zarr", "n5"):
+            inside = tmp_path / ("v.n5/raw/s0" if name == "n5" else "v.zarr")
+            files = [file for file in inside.rglob("*") if file.is_file()]
+            chunk = next(file for file in files if file.name[0] != "." and file.suffix != ".json")
         elif name in ("pictures", "pattern"):
             chunk = sorted((tmp_path / "v").iterdir())[2]
         else:
@@ -260,10 +285,31 @@ def complex_mrc(folder: Path) -> Path:
     return mrc(folder, STACK.astype(np.complex64))
 
 
-@fault(r"is N5, which is not read: convert it to OME-Zarr")
-def n5(folder: Path) -> Path:
+@fault(r"v.n5 has no N5 data set in it: name the folder that has one")
+def n5_without_pixels(folder: Path) -> Path:
     (folder / "v.n5").mkdir()
     (folder / "v.n5" / "attributes.json").write_text('{"n5": "2.5.0"}')
+    return folder / "v.n5"
+
+
+@fault(r"v.n5 does not say which data set is meant: name one of /a, /b behind the folder, as in .*v.n5:/a$")
+def two_n5_data_sets(folder: Path) -> Path:
+    for name in "ab":
+        write_n5(folder / "v.n5" / name, STACK)
+    return folder / "v.n5"
+
+
+@fault(r"v.n5 has no data set nowhere: name one of /a behind the folder")
+def wrong_place_in_n5(folder: Path) -> Path:
+    write_n5(folder / "v.n5" / "a", STACK)
+    return Path(f"{folder / 'v.n5'}:/nowhere")
+
+
+@fault(r"v.n5 is not N5 that can be read \(.*dataType.*\): convert it again")
+def nonsense_in_n5(folder: Path) -> Path:
+    write_n5(folder / "v.n5", STACK)
+    words = folder / "v.n5" / "attributes.json"
+    words.write_text(words.read_text().replace("uint8", "int9"))
     return folder / "v.n5"
 
 
@@ -293,7 +339,7 @@ def two_images(folder: Path) -> Path:
     return folder / "v.zarr"
 
 
-@fault(r"neither an HDF5 file nor a Zarr folder: :/a names no place in it")
+@fault(r"neither an HDF5 file nor a Zarr or N5 folder: :/a names no place in it")
 def place_in_a_tiff(folder: Path) -> Path:
     return Path(f"{tiff(folder, STACK)}:/a")
 
@@ -354,6 +400,58 @@ def test_the_format_is_that_of_the_content(tmp_path: Path) -> None:
         assert np.array_equal(volume[1], STACK[1])
 
 
+def test_n5_counts_its_fastest_axis_first(tmp_path: Path) -> None:
+    """Blocks by hand, as the specification has them: number 1 is the second along x, and x runs fastest inside."""
+    folder = tmp_path / "v.n5"
+    for index in range(2):
+        (folder / str(index) / "0").mkdir(parents=True)
+        header = struct.pack(">HHIII", 0, 3, 3, 2, 1)
+        (folder / str(index) / "0" / "0").write_bytes(header + bytes(range(6 * index, 6 * index + 6)))
+    words = {"dimensions": [6, 2, 1], "blockSize": [3, 2, 1], "dataType": "uint8", "compression": {"type": "raw"}}
+    (folder / "attributes.json").write_text(json.dumps(words))
+    with open_volume(folder) as volume:
+        assert pixels_of(volume).tolist() == [[[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"resolution": [4, 4, 40], "units": ["nm", "nm", "nm"], "axes": ["x", "y", "z"]}, ""),
+        ({"pixelResolution": {"dimensions": [0.004, 0.004, 0.04], "unit": "um"}}, ""),
+        ({"resolution": [4, "wide"], "units": "nm"}, "the pixel size of "),
+        ({"pixelResolution": {"dimensions": 4, "unit": "nm"}}, "the pixel size of "),
+        ({"axes": ["x", "x", "z"]}, "the axes of "),
+        ({"units": 7, "resolution": [4, 4, 40]}, "the pixel size of "),
+    ],
+)
+def test_words_of_n5_never_stop_a_run(
+    words: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_n5(tmp_path / "v.n5", STACK)
+    file = tmp_path / "v.n5" / "attributes.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **words}))
+    with open_volume(tmp_path / "v.n5") as volume:
+        assert np.array_equal(pixels_of(volume), STACK)
+        expected = (None, None, None) if said else pytest.approx(SIZE_NM)
+        assert volume.metadata.pixel_size_nm == expected
+    assert (said in capsys.readouterr().err) if said else capsys.readouterr().err == ""
+
+
+def test_a_cut_n5_block_is_named(tmp_path: Path) -> None:
+    write_n5(tmp_path / "v.n5", STACK)
+    block = tmp_path / "v.n5" / "0" / "0" / "0"
+    block.write_bytes(block.read_bytes()[:50])
+    with open_volume(tmp_path / "v.n5") as volume, pytest.raises(StackError, match=r"slice 0 of .*v.n5 is damaged \("):
+        volume[0]
+
+
+def test_n5_names_the_extra_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_n5(tmp_path / "v.n5", STACK)
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
+    with pytest.raises(StackError, match=r"^tensorstore is not installed: pip install 'unet-medical-triton\[n5\]'$"):
+        open_volume(tmp_path / "v.n5")
+
+
 def test_imods_bytes_have_the_sign_that_its_header_says(tmp_path: Path) -> None:
     path = tmp_path / "v.mrc"
     with mrcfile.new(path) as file:
@@ -389,12 +487,17 @@ def test_the_root_of_a_microscopes_export_is_its_only_image(tmp_path: Path) -> N
         ("a.zarr", ("", "a.zarr")),
         ("a.zarr/0", ("", "a-0.zarr")),
         ("a.zarr:/0", ("", "a-0.zarr")),
+        ("a.n5", ("", "a.tif")),
+        ("a.n5/raw/s0", ("", "a-s0.tif")),
+        ("a.n5:/raw", ("", "a-raw.tif")),
         ("sub.v1", ("", "sub.v1.tif")),
         ("sub.v1/*.png", ("", "sub.v1.tif")),
     ],
 )
 def test_nothing_is_written_inside_a_volume(tmp_path: Path, source: str, expected: tuple[str, str]) -> None:
     zarr.open_group(str(tmp_path / "a.zarr"), mode="w").create_array("0", data=STACK)
+    write_n5(tmp_path / "a.n5" / "raw" / "s0", STACK)
+    (tmp_path / "a.n5" / "attributes.json").write_text('{"n5": "2.5.0"}')
     (tmp_path / "sub.v1").mkdir()
     (tmp_path / "a.h5").touch()
     assert beside(tmp_path / source) == (tmp_path / expected[0], expected[1])
@@ -551,6 +654,7 @@ ROWS = {
     "Zarr arrays": "plain_zarr",
     "HDF5 of CREMI": "cremi",
     "HDF5 of ilastik": "ilastik",
+    "N5": "n5",
     "MRC": "mrc",
     "a folder of": "pictures",
     "a pattern of": "pattern",

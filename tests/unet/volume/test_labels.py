@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tifffile
+from PIL import Image
 
 from unet.errors import UnetError
 from unet.scores import dice, pixel_error, score_stack
@@ -116,3 +117,21 @@ def test_ids_are_not_guessed_and_a_grey_image_is_none(tmp_path: Path) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (2, 30, 30)).astype(np.uint8)
     with pytest.raises(StackError, match="membrane between its ids"):
         read_labels(write(tmp_path, grey), LabelOptions(membrane_width=2))
+
+
+@pytest.mark.parametrize("kind", ["tiff", "png", "palette"])
+def test_rgb_masks_are_refused_with_what_to_do(tmp_path: Path, kind: str) -> None:
+    colours = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)[TRUTH]
+    path = tmp_path / "labels.tif"
+    if kind == "tiff":
+        tifffile.imwrite(path, colours, photometric="rgb")
+    elif kind == "palette":
+        tifffile.imwrite(path, TRUTH, photometric="palette", colormap=np.zeros((3, 256), np.uint16))
+    else:
+        path = tmp_path
+        Image.fromarray(colours[0]).save(tmp_path / "labels.png")
+    with pytest.raises(
+        StackError,
+        match=r"labels.* is a colour image, and RGB masks .* are not read: save the labels in grey, as a mask",
+    ):
+        read_labels(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from unet.errors import warn
 from unet.volume.arrays import ArrayVolume
 from unet.volume.limits import IMAGE_LIMITS, StackError
+from unet.volume.volume import FolderIdentity
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from unet.volume.limits import Limits
@@ -72,37 +73,21 @@ class ZarrStack(ArrayVolume):
             raise
         except Exception as error:  # zarr's own, and those of a folder that says nothing or nonsense
             raise StackError(f"{shown} is not a Zarr image that can be read ({error}): convert it again") from error
-        self._store = None if address else folder / inner / array.path
+        self._identity = None if address else FolderIdentity(folder / inner / array.path)
         self._described = f"{array.metadata}"
         axes = _axis_names(shown, self.multiscale["axes"])
         super().__init__(shown, array, axes, limits, array.chunks)
         self.metadata = self.described(_sizes(self.multiscale))
-        self._first_look: str | None = None
 
     def fingerprint(self) -> dict[str, Any]:
-        """A SHA-256, in hexadecimal, over names, sizes and times of the first level's files.
-
-        The pixels themselves are not read: a volume may be larger than anyone wants to read twice.
-        """
-        self._first_look = self._first_look or self._look()
-        return {"sha256": self._first_look}
+        """A SHA-256, in hexadecimal, over names, sizes and times of the first level's files."""
+        if self._identity is None:  # nobody can list a web server: only what the array says of itself counts
+            return {"sha256": hashlib.sha256(self._described.encode()).hexdigest()}
+        return self._identity.fingerprint()
 
     def changed(self) -> bool:
         """Whether a chunk was written, added or removed since ``fingerprint`` was first asked for."""
-        return self._first_look is not None and self._look() != self._first_look
-
-    def _look(self) -> str:
-        digest = hashlib.sha256()
-        if self._store is None:  # nobody can list an object store cheaply: only what the array says of itself counts
-            digest.update(self._described.encode())
-            return digest.hexdigest()
-        for folder, names, files in sorted(os.walk(self._store)):
-            names.sort()
-            for name in sorted(files):
-                about = Path(folder, name).stat()
-                place = Path(folder, name).relative_to(self._store).as_posix()
-                digest.update(f"{place}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return self._identity is not None and self._identity.changed()
 
     def close(self) -> None:
         """Nothing is held open."""

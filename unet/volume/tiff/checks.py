@@ -64,7 +64,7 @@ def check_page(path: Path, index: int, page: Any, limits: Limits) -> None:
     where = f"page {index} of {path}"
     photometric = getattr(page.photometric, "name", str(page.photometric))
     if page.samplesperpixel != 1 or photometric in _COLOURS:
-        raise StackError(f"{where} is a colour image: convert the stack to 8- or 16-bit grey")
+        raise StackError(f"{where} {limits.in_colour}")
     height, width = int(page.imagelength), int(page.imagewidth)
     if min(height, width) < 1 or page.imagedepth != 1:
         raise StackError(f"{where} is not a plain two-dimensional image: save the stack as slices")
