@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
 import io
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from unet.machine import limit_threads
 
@@ -99,6 +100,22 @@ def _secure_output() -> None:
             setattr(sys, name, _Output(raw, stream.encoding, "backslashreplace", line_buffering=True))
 
 
+def _complete() -> None:
+    """Let the first parser answer the shell that asks for completions, instead of reading the command line."""
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def answer(parser: argparse.ArgumentParser, *arguments: Any, **named: Any) -> Any:
+        argparse.ArgumentParser.parse_known_args = parse  # type: ignore[method-assign]
+        argcomplete.autocomplete(parser)
+        return parse(parser, *arguments, **named)
+
+    argparse.ArgumentParser.parse_known_args = answer  # type: ignore[method-assign]
+
+
 def command(main: Main) -> Callable[..., int]:
     """Wrap a command's ``main(argv)`` so that faults reach the user as one sentence.
 
@@ -112,6 +129,8 @@ def command(main: Main) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        if "_ARGCOMPLETE" in os.environ:
+            _complete()
         _secure_output()
         limit_threads()
         if threading.current_thread() is threading.main_thread():
