@@ -113,7 +113,7 @@ def _complete() -> None:
         argcomplete.autocomplete(parser)
         return parse(parser, *arguments, **named)
 
-    argparse.ArgumentParser.parse_known_args = answer  # type: ignore[method-assign]
+    argparse.ArgumentParser.parse_known_args = answer  # type: ignore[method-assign, assignment]
 
 
 def command(main: Main) -> Callable[..., int]:
