@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from serve.segment.errors import ClientError
 from unet.errors import warn
-from unet.volume.ngff.reader import remote_address
+from unet.volume.ngff.remote import remote_address
 from unet.volume.opening import holds_slices, is_volume, made_here
 
 if TYPE_CHECKING:

@@ -79,10 +79,14 @@ class ArrayVolume(Volume):
         try:
             found = self._slab(slab, row0, row1)[page - slab]
         except Exception as error:  # each codec fails in its own way
-            raise StackError(f"slice {page} of {self.path} is damaged ({error}): copy it again") from error
+            raise StackError(self.fault(page, error)) from error
         if self._limits.finite and self.dtype.kind == "f" and not np.isfinite(found).all():
             raise StackError(f"slice {page} of {self.path} has values that are no finite numbers: write it again")
         return np.ascontiguousarray(found, self.dtype)
+
+    def fault(self, page: int, error: Exception) -> str:
+        """What is said of a slice that cannot be read."""
+        return f"slice {page} of {self.path} is damaged ({error}): copy it again"
 
     def _slab(self, first: int, row0: int, row1: int) -> npt.NDArray[Any]:
         """Rows of the slices that share their chunks with slice ``first`` on, [D, R, width]."""

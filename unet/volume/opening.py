@@ -13,7 +13,8 @@ from unet.volume.hdf5 import Hdf5Stack, is_hdf5
 from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
 from unet.volume.mrc import MrcStack, is_mrc
 from unet.volume.n5 import N5Stack, is_n5, n5_root
-from unet.volume.ngff.reader import ZarrStack, is_zarr, load_zarr, remote_address, zarr_root
+from unet.volume.ngff.reader import ZarrStack, is_zarr, load_zarr, zarr_root
+from unet.volume.ngff.remote import remote_address
 from unet.volume.overlay import SOFTWARE
 from unet.volume.tiff.reader import StackReader
 

@@ -6,11 +6,8 @@ import json
 import struct
 import subprocess
 import sys
-import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -573,55 +570,6 @@ def test_stacks_and_their_labels_are_found_in_every_format(tmp_path: Path) -> No
     labels = [labels_of(path) for path in found]
     assert labels == [tmp_path / "a-labels.tif", tmp_path / "b-labels.zarr", tmp_path / "c.hdf", None]
     assert stacks_in(tmp_path / "nowhere") == []
-
-
-class Ranges(SimpleHTTPRequestHandler):
-    """Gives parts of files, as object stores do; shards are read so."""
-
-    def do_GET(self) -> None:
-        wanted = self.headers.get("Range", "").removeprefix("bytes=")
-        file = Path(self.translate_path(self.path))
-        if not wanted or not file.is_file():
-            super().do_GET()
-            return
-        content = file.read_bytes()
-        first, _, last = wanted.partition("-")
-        part = content[int(first) : int(last) + 1 if last else None] if first else content[-int(last) :]
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[str]:
-    """The address of a web server that gives the files of the test's folder."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("make", [ngff_04, ngff_05_sharded], ids=["0.4", "0.5"])
-def test_a_volume_on_a_web_server(
-    web: str, tmp_path: Path, make: Callable[[Path, Array], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("aiohttp")
-    make(tmp_path, STACK)
-    monkeypatch.chdir(tmp_path)
-    with open_volume(f"{web}/v.zarr") as volume:
-        assert np.array_equal(pixels_of(volume), STACK)
-        assert volume.metadata.pixel_size_nm == pytest.approx(SIZE_NM)
-        assert volume.fingerprint()
-        assert not volume.changed()
-        assert beside(volume.path) == (tmp_path, "v.zarr")
-    with pytest.raises(StackError, match="is not a Zarr image that can be read"):
-        open_volume(f"{web}/w.zarr")
 
 
 @pytest.mark.slow

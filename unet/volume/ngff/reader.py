@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet.errors import warn
 from unet.volume.arrays import ArrayVolume
 from unet.volume.limits import IMAGE_LIMITS, StackError
+from unet.volume.ngff.remote import MARKS, RemoteIdentity, check_reachable, remote_address, remote_fault, store_fault
 from unet.volume.volume import FolderIdentity
 
 if TYPE_CHECKING:
@@ -18,22 +17,13 @@ if TYPE_CHECKING:
 
     from unet.volume.limits import Limits
 
-_MARKS = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 _NAMED = 6
-# pathlib makes one slash of two.
-_REMOTE = re.compile(r"(s3|gs|gcs|az|abfs|https?):/+(.+)")
 UNITS = {"nanometer": "nm", "micrometer": "µm", "millimeter": "mm", "angstrom": "Å", "meter": "m", "picometer": "pm"}
 
 
 def is_zarr(path: Path) -> bool:
     """Whether a folder is a Zarr group or array."""
-    return path.is_dir() and any((path / name).exists() for name in _MARKS)
-
-
-def remote_address(path: Path) -> str | None:
-    """The address in an object store or on a web server that a path was made of; None of a path on this machine."""
-    found = _REMOTE.match(str(path))
-    return f"{found[1]}://{found[2]}" if found else None
+    return path.is_dir() and any((path / name).exists() for name in MARKS)
 
 
 def zarr_root(path: Path) -> Path:
@@ -63,8 +53,10 @@ class ZarrStack(ArrayVolume):
         zarr = load_zarr()
         folder = Path(path)
         shown = Path(f"{folder}:/{inner}") if inner else folder
+        address = remote_address(folder)
+        if address:
+            check_reachable(address)
         try:
-            address = remote_address(folder)
             found = zarr.open(address or str(folder / inner), mode="r")
             if not hasattr(found, "shape"):
                 found = _only_image(shown, found)
@@ -72,22 +64,30 @@ class ZarrStack(ArrayVolume):
         except StackError:
             raise
         except Exception as error:  # zarr's own, and those of a folder that says nothing or nonsense
+            if address:
+                raise StackError(remote_fault(address, error)) from error
             raise StackError(f"{shown} is not a Zarr image that can be read ({error}): convert it again") from error
-        self._identity = None if address else FolderIdentity(folder / inner / array.path)
-        self._described = f"{array.metadata}"
+        self._address = address
+        self._identity: FolderIdentity | RemoteIdentity = (
+            RemoteIdentity(f"{address}/{array.path}".rstrip("/"), array)
+            if address
+            else FolderIdentity(folder / inner / array.path)
+        )
         axes = _axis_names(shown, self.multiscale["axes"])
         super().__init__(shown, array, axes, limits, array.chunks)
         self.metadata = self.described(_sizes(self.multiscale))
 
     def fingerprint(self) -> dict[str, Any]:
-        """A SHA-256, in hexadecimal, over names, sizes and times of the first level's files."""
-        if self._identity is None:  # nobody can list a web server: only what the array says of itself counts
-            return {"sha256": hashlib.sha256(self._described.encode()).hexdigest()}
+        """A SHA-256, in hexadecimal, over names, sizes and times of the first level's files; of objects also ETags."""
         return self._identity.fingerprint()
 
     def changed(self) -> bool:
         """Whether a chunk was written, added or removed since ``fingerprint`` was first asked for."""
-        return self._identity is not None and self._identity.changed()
+        return self._identity.changed()
+
+    def fault(self, page: int, error: Exception) -> str:
+        """What is said of a slice that cannot be read; a store may be the reason."""
+        return (self._address and store_fault(self._address, error)) or super().fault(page, error)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -102,10 +102,11 @@ def _only_image(path: Path, group: Any) -> Any:
     ]
     if len(images) == 1:
         return images[0]
+    place = f"{remote_address(path) or f'{path}:'}/"
     named = ", ".join(sorted(str(one.path) for one in images)[:_NAMED])
     if not images:
-        raise StackError(f"{path} has neither an OME-Zarr image nor an array: name its place, as in {path}:/PLACE")
-    raise StackError(f"{path} holds {len(images)} images ({named}): name one, as in {path}:/{images[0].path}")
+        raise StackError(f"{path} has neither an OME-Zarr image nor an array: name its place, as in {place}PLACE")
+    raise StackError(f"{path} holds {len(images)} images ({named}): name one, as in {place}{images[0].path}")
 
 
 def _multiscales(group: Any) -> list[Any]:
