@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import itertools
 import logging
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,10 +168,8 @@ class RemoteIdentity:
     def _ask(self, files: Any, root: str) -> dict[str, dict[str, Any]]:
         steps = self._array.shards or self._array.chunks
         counts = [-(-length // step) for length, step in zip(self._array.shape, steps)]
-        total = 1
-        for count in counts:
-            total *= count
-        places = itertools.islice(itertools.product(*map(range, counts)), 0, None, -(-total // _ASKED) or 1)
+        stride = max(1, -(-math.prod(counts) // _ASKED))
+        places = itertools.islice(itertools.product(*map(range, counts)), 0, None, stride)
         names = [*MARKS, *(self._array.metadata.encode_chunk_key(place) for place in places)]
 
         def ask(name: str) -> dict[str, Any]:
