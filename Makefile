@@ -13,6 +13,8 @@ TORCH := torch==2.13.0
 EXTRAS := train,export,serve,zarr,n5,http,s3,gs,hdf5,mrc,dask,int8,docs,dev
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton
 LOGS := .cache/install
+# Much of the tests' time is waiting for servers. The tests of one file share their servers and networks.
+PARALLEL := -n 2 --dist loadfile
 
 # TensorFlow 2.15 and Triton's wheel need Python 3.11; it can be named with PYTHON=.
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -126,7 +128,7 @@ install-helm: .cache/helm/helm  ## Helm, for the tests of the chart in docker/he
 
 .PHONY: test
 test: install  ## the tests, under eight minutes on two cores
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not images"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not images"
 
 .PHONY: test-slow
 test-slow: install  ## the tests that take longer

@@ -34,7 +34,8 @@ RNG = np.random.default_rng(0)
 
 
 def our_segments() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("unet-client-*")}
+    """Of this process alone: other tests may run beside this one."""
+    return {path.name for path in SHARED_MEMORY.glob(f"unet-client-{os.getpid()}-*")}
 
 
 def expected(image: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
