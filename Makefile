@@ -127,7 +127,7 @@ install-helm: .cache/helm/helm  ## Helm, for the tests of the chart in docker/he
 ##@ Develop
 
 .PHONY: test
-test: install  ## the tests, under eight minutes on two cores
+test: install  ## the tests, about twelve minutes on two cores
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not images"
 
 .PHONY: test-slow
