@@ -106,7 +106,11 @@ class TrainingLoop:
         self._best_score = float(newest[1]["score"]) if newest else -math.inf
         self._windows = windows_of(self.config, data.training)
         offset = first * trainer.global_batch + self.cluster.rank * self.config.batch_size
-        self._batches = iter(self._windows.batches(offset, self.config.batch_size, trainer.global_batch))
+        self._batches = iter(
+            self._windows.batches(
+                offset, self.config.batch_size, trainer.global_batch, threads=self.cluster.input_threads
+            )
+        )
         self._predict = make_predictor(trainer.model)
         self._interval = _Interval()
         self._budget = Budget(self.config, first)

@@ -111,7 +111,7 @@ def measure(config: TrainConfig, cluster: Cluster, slices: Sequence[Slice], *, t
     trainer.synchronise()
     windows = windows_of(config, slices)
     first = cluster.rank * config.batch_size
-    batches = iter(windows.batches(first, config.batch_size, trainer.global_batch))
+    batches = iter(windows.batches(first, config.batch_size, trainer.global_batch, threads=cluster.input_threads))
     forward = tf.function(lambda images: trainer.model(images, training=False))
 
     def run(number: int, batch: tuple[tf.Tensor, ...]) -> None:

@@ -213,13 +213,13 @@ def parse_gpus(said: str) -> list[Gpu]:
     return [Gpu(name, driver, float(capability), int(memory)) for name, driver, capability, memory in rows]
 
 
-def run_tool(*words: str) -> str | None:
-    """What a program prints, None where it is missing or fails."""
+def run_tool(*words: str, timeout_s: float = TOOL_TIMEOUT_S) -> str | None:
+    """What a program prints, None where it is missing, fails, or is not done in time."""
     found = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
     if found is None:
         return None
     try:
-        done = subprocess.run([found, *words[1:]], capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False)
+        done = subprocess.run([found, *words[1:]], capture_output=True, text=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -113,6 +113,7 @@ def _cuda_shared_memory() -> Any:
         import tritonclient.utils.cuda_shared_memory as cuda
     except (ImportError, RuntimeError) as error:  # it makes the one of cuda-python into the other
         raise CudaMemoryError(
-            "cuda-python cannot be loaded: on a machine with an NVIDIA GPU, pip install 'unet-medical-triton[gpu]'"
+            f"cuda-python cannot be loaded ({error.__context__ or error}): on a machine with an NVIDIA GPU, "
+            "pip install 'unet-medical-triton[gpu]'"
         ) from error
     return cuda

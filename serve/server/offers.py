@@ -23,6 +23,8 @@ _PYTHONS = ((3, 9), (3, 11))
 _PACKAGES = ("numpy", "PIL", "psutil", "scipy", "skimage", "tifffile", "tqdm", "google.protobuf", "tritonclient")
 # Number formats of the CPU engine, and the instructions of which one is enough for each.
 _NATIVE = (("bf16", {"bf16", "amx"}), ("int8", {"vnni", "amx"}))
+# TensorFlow alone took 20 s to load on two busy cores.
+_HOROVOD_TIMEOUT_S = 120.0
 _ASK_HOROVOD = """
 import horovod.tensorflow as hvd
 print(*(name for name in ("MPI", "Gloo", "NCCL") if getattr(hvd, name.lower() + "_built")()))
@@ -144,7 +146,10 @@ def look_at_horovod(gpu: bool) -> Finding:
     if found is None:
         return Finding("Horovod", ABSENT, "not installed", "training on one process needs none; else: make install")
     # `horovodrun --check-build` asks the same five times, each time in a new process.
-    said = run_tool(sys.executable, "-c", _ASK_HOROVOD) or ""
+    said = run_tool(sys.executable, "-c", _ASK_HOROVOD, timeout_s=_HOROVOD_TIMEOUT_S)
+    if said is None:
+        remedy = "see why with python -c 'import horovod.tensorflow'; make install builds it again"
+        return Finding("Horovod", WRONG, f"{found} does not load within {_HOROVOD_TIMEOUT_S:.0f} s", remedy)
     built = [name for name in ("MPI", "Gloo", "NCCL") if name in said.split()]
     fact = f"{found} with {' and '.join(built) or 'nothing to communicate by'}"
     if gpu and "NCCL" not in built:

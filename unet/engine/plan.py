@@ -1,7 +1,7 @@
 """A TensorRT plan alone, without Triton: ``python -m unet.engine.plan --artefacts artefacts``.
 
 For parity and for the benchmark's "engine alone" row on a GPU. Needs TensorRT, pycuda and the GPU that the plan was
-built for; nothing of this module has run on a GPU yet. CUDA graphs are not offered: pycuda 2026.1 has no call for them.
+built for; no plan has run on a GPU yet. CUDA graphs are not offered: pycuda 2026.1 has no call for them.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_without_cuda_python_it_says_what_to_install(
     line = [str(volume), "--url", triton_server.settings.grpc_url, "--quiet", "--shared_memory", "cuda"]
     assert main(line) == 2
     said = capsys.readouterr().err
-    assert "cuda-python cannot be loaded: on a machine with an NVIDIA GPU, pip install" in said
+    assert "cuda-python cannot be loaded (No module named 'cuda'): on a machine with an NVIDIA GPU, pip install" in said
     assert len(said.splitlines()) == 1
     assert not volume.with_name("volume-probability.tif").exists()
 

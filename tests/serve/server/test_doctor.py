@@ -163,6 +163,15 @@ def test_horovod_without_nccl_is_wrong_where_there_are_gpus() -> None:
     assert ("NCCL" in found.fact) == (found.state == "ok")
 
 
+def test_a_horovod_that_takes_too_long_to_load_is_not_called_a_useless_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offers, "_HOROVOD_TIMEOUT_S", 0.01)
+    found = offers.look_at_horovod(gpu=False)
+    if found.state == "absent":
+        pytest.skip("Horovod is not installed")
+    assert "does not load within" in found.fact
+    assert "import horovod.tensorflow" in found.remedy
+
+
 @pytest.mark.parametrize(
     ("capability", "gpus", "state", "words"),
     [
