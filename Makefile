@@ -32,7 +32,7 @@ help:
 ##@ Start here
 
 .PHONY: install
-install: $(VENV)/.installed  ## create .venv with everything that this machine can run
+install: $(VENV)/.installed $(VENV)/.backend  ## create .venv with everything that this machine can run
 
 .PHONY: check-tools
 check-tools:
@@ -50,6 +50,15 @@ $(VENV)/.installed: pyproject.toml constraints.lock Makefile | check-tools
 	@$(PYTHON) tools/progress.py --title "installing packages" --expected_s 40 --log $(LOGS)/packages.log \
 	-- $(INSTALL) --editable '.[$(EXTRAS)]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.install_horovod --version $(HOROVOD) --wheels "$(CACHE)/wheels"
+	@touch $@
+
+# Triton's backend for OpenVINO, in C++. Without it the python backend serves, so that a failure stops nothing.
+BACKEND := serve/models/openvino_backend
+$(VENV)/.backend: $(wildcard $(BACKEND)/CMakeLists.txt $(BACKEND)/src/*) $(VENV)/.installed
+	@$(PYTHON) tools/progress.py --title "building Triton's backend" --expected_s 20 --log $(LOGS)/backend.log -- bash -ec '\
+	cmake -S $(BACKEND) -B .cache/openvino_backend -DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	-DCMAKE_INSTALL_PREFIX="$(CURDIR)/$(VENV)/lib/triton" && cmake --build .cache/openvino_backend --target install --parallel 2' \
+	|| echo "Triton's backend for OpenVINO was not built: the python backend serves, a little slower" >&2
 	@touch $@
 
 .PHONY: demo

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 # So that it runs as a file without an installation: what needs packages is imported where it is looked at.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from serve.models.library import own_library
 from serve.server.guard import SHARED_MEMORY, is_of_dead_client
 from serve.server.install import TritonError, find_installation
 from serve.server.offers import (
@@ -108,9 +109,10 @@ def look_at_triton(cache_dir: Path) -> Finding:
             f"{installation.server} does not start: {(done.stderr or done.stdout).strip().splitlines()[-1]}",
             "pip install --force-reinstall '.[serve]'",
         )
-    return Finding(
-        "Triton", OK, f"tritonserver of nvidia-pytriton {installation.version}, python backend: --profile cpu"
-    )
+    about = f"tritonserver of nvidia-pytriton {installation.version}: --profile cpu"
+    if own_library().is_file():
+        return Finding("Triton", OK, f"{about}, our own backend for OpenVINO")
+    return Finding("Triton", OK, f"{about}, python backend alone", "make install builds our own, a little faster")
 
 
 def look_at_perf_analyzer() -> Finding:

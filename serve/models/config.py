@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from serve.models.backend import AUTO, BACKEND_CODE_FILE, BACKENDS, ENGINE_FILE, PYTHON_BACKEND, cpu_backend
 from serve.models.errors import RepositoryError as RepositoryError
 from serve.models.plan_fit import check_plan
 from unet.card import CARD_FILE, Card, CardError
@@ -22,7 +23,8 @@ from unet.volume.metadata import typical_pixel_nm
 if TYPE_CHECKING:
     from pathlib import Path
 
-CONFIG_FILE, BACKEND_CODE_FILE = "config.pbtxt", "model.py"
+CONFIG_FILE = "config.pbtxt"
+_FIRST_FILES = {"tensorrt": PLAN_FILE, PYTHON_BACKEND: BACKEND_CODE_FILE}
 
 
 @dataclass(frozen=True)
@@ -30,27 +32,22 @@ class Profile:
     """A kind of machine that serves.
 
     Attributes:
-        backend: Triton's backend; "python" runs the CPU engine, "tensorrt" the plan.
+        on_gpu: whether the network runs on an NVIDIA GPU, as a TensorRT plan.
         max_queue_delay_us: the default, in microseconds; see docs/serving.md for how it was chosen.
         compute_capability: of the one GPU that it is for; empty for any.
     """
 
-    backend: str
+    on_gpu: bool
     max_queue_delay_us: int
     compute_capability: str = ""
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the network runs on an NVIDIA GPU."""
-        return self.backend == "tensorrt"
 
 
 PROFILES = {
     # On a CPU an image costs as much in a shared pass as alone: no wait pays.
-    "cpu": Profile("python", 0),
+    "cpu": Profile(on_gpu=False, max_queue_delay_us=0),
     # A guess until it is measured: a thirtieth of what a pass of one tile takes on a V100.
-    "v100": Profile("tensorrt", 500, "7.0"),
-    "gpu": Profile("tensorrt", 500),
+    "v100": Profile(on_gpu=True, max_queue_delay_us=500, compute_capability="7.0"),
+    "gpu": Profile(on_gpu=True, max_queue_delay_us=500),
 }
 
 
@@ -61,6 +58,8 @@ class ModelSettings:
     Attributes:
         name: the model's name.
         profile: "cpu", "v100" or "gpu": the machine that serves.
+        backend: what runs the CPU engine: "openvino" is our own, in the server's process, "python" Triton's python
+            backend, which runs ONNX Runtime too; "auto" takes our own where it is built and the engine is OpenVINO's.
         max_batch_size: most tiles in one pass of the engine.
         max_tile_size: largest side of a tile that the server takes, in pixels, 188 + 16k. 0 takes the largest of which
             a pass fits half of the memory of the machine that publishes. On a GPU the plan decides.
@@ -81,6 +80,7 @@ class ModelSettings:
 
     name: str = setting("unet", "the model's name", flag="model_name")
     profile: str = setting("cpu", "machine that serves", choices=tuple(PROFILES))
+    backend: str = setting(AUTO, "what runs the CPU engine", choices=BACKENDS)
     max_batch_size: int = setting(16, "most tiles in one pass")
     max_tile_size: int = setting(0, "largest side of a tile, 188 + 16k; 0: by the memory of this machine")
     max_queue_delay_us: int | None = setting(None, "wait for others to share a pass; None: the profile's", kind=int)
@@ -95,6 +95,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise RepositoryError(f"the profile {self.profile} is unknown; there are {', '.join(PROFILES)}")
+        if self.backend not in BACKENDS:
+            raise RepositoryError(f"the backend {self.backend} is unknown; there are {', '.join(BACKENDS)}")
         least = {"max_batch_size": 1, "max_queue_size": 0, "default_timeout_us": 0, "priority_levels": 0}
         for name, limit in {**least, "instances": 0, "threads": 0}.items():
             if not limit <= getattr(self, name) < 2**31:
@@ -178,6 +180,7 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
     from tritonclient.grpc import model_config_pb2 as pb
 
     machine = settings.machine
+    backend = "tensorrt" if machine.on_gpu else cpu_backend(card, settings.backend)[0]
     group = pb.ModelInstanceGroup(
         kind=pb.ModelInstanceGroup.KIND_GPU if machine.on_gpu else pb.ModelInstanceGroup.KIND_CPU,
         count=settings.instance_count,
@@ -186,8 +189,8 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
     )
     config = pb.ModelConfig(
         name=settings.name,
-        backend=machine.backend,
-        default_model_filename=PLAN_FILE if machine.on_gpu else BACKEND_CODE_FILE,
+        backend=backend,
+        default_model_filename=_FIRST_FILES.get(backend, ENGINE_FILE),
         max_batch_size=settings.max_batch_size,
         input=[pb.ModelInput(name=INPUT, data_type=pb.TYPE_UINT8, dims=[1, -1, -1])],
         output=[pb.ModelOutput(name=OUTPUT, data_type=pb.TYPE_FP16, dims=[1, -1, -1])],

@@ -12,16 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import unet
-from serve.models.config import (
-    BACKEND_CODE_FILE,
-    CONFIG_FILE,
-    ModelSettings,
-    RepositoryError,
-    engine_file,
-    model_config,
-)
+from serve.models.backend import BACKEND_CODE_FILE, ENGINE_FILE, PYTHON_BACKEND, cpu_backend, engine_text
+from serve.models.config import CONFIG_FILE, ModelSettings, RepositoryError, engine_file, model_config
 from unet.card import CARD_FILE, Card, CardError
-from unet.errors import UnetError
+from unet.errors import UnetError, warn
 from unet.files import atomic_directory, atomic_file, remove_directory, sha256_of, take_lock
 
 if TYPE_CHECKING:
@@ -72,25 +66,15 @@ def publish(
         CardError: an artefact is not what its card says, or there is none for the profile.
         RepositoryError: the plan is for another GPU, or the server did not take the version.
     """
-    from google.protobuf import text_format
-
     card = Card.load(artefacts)
-    config = text_format.MessageToString(model_config(card, settings))
-    engine = engine_file(card, settings)
-    files = {engine.name: engine, CARD_FILE: card.folder / CARD_FILE}
-    if not settings.machine.on_gpu:
-        if card.fallback is not None:
-            fallback = card.verify_engine(card.fallback)
-            files[fallback.name] = fallback
-        files[BACKEND_CODE_FILE] = BACKEND_CODE
-        package = Path(unet.__file__).parent
-        files |= {f"{package.name}/{name}.py": package / f"{name}.py" for name in BACKEND_MODULES}
+    files, texts = _content_of(card, settings)
 
     def fill(aside: Path) -> None:
         for name, path in files.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, aside / name)
-        (aside / CONFIG_FILE).write_text(config, encoding="utf-8")
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
 
     folder = Path(repository) / settings.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +119,30 @@ def rollback(
             shutil.copytree(source, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
         return _release(folder, fill, keep, load)
+
+
+def _content_of(card: Card, settings: ModelSettings) -> tuple[dict[str, Path], dict[str, str]]:
+    """What a version holds, by name: the files that are copied, and what is written."""
+    from google.protobuf import text_format
+
+    texts = {CONFIG_FILE: text_format.MessageToString(model_config(card, settings))}
+    engine = engine_file(card, settings)
+    files = {engine.name: engine, CARD_FILE: card.folder / CARD_FILE}
+    if settings.machine.on_gpu:
+        return files, texts
+    if card.fallback is not None:
+        fallback = card.verify_engine(card.fallback)
+        files[fallback.name] = fallback
+    backend, note = cpu_backend(card, settings.backend)
+    if note:
+        warn(note)
+    if backend == PYTHON_BACKEND:
+        package = Path(unet.__file__).parent
+        files[BACKEND_CODE_FILE] = BACKEND_CODE
+        files |= {f"{package.name}/{name}.py": package / f"{name}.py" for name in BACKEND_MODULES}
+    else:
+        texts[ENGINE_FILE] = engine_text(card)
+    return files, texts
 
 
 def versions_in(folder: Path) -> list[int]:

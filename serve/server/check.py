@@ -6,7 +6,9 @@ import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from serve.models.backend import ENGINE_FILE, PYTHON_BACKEND, engine_text
 from serve.models.config import CONFIG_FILE
+from serve.models.library import OWN_BACKEND, own_library
 from serve.models.publish import versions_in
 from serve.server.guard import SHARED_MEMORY
 from serve.server.install import TritonError
@@ -51,7 +53,12 @@ def _check_model(path: Path, config: Any) -> None:
     folder = path.parent
     if config.name != folder.name:
         raise TritonError(f"{path} is of the model {config.name!r}, not {folder.name}: publish the model again")
-    if config.backend != "python":
+    if config.backend == OWN_BACKEND and not own_library().is_file():
+        raise TritonError(
+            f"{path} wants the backend {OWN_BACKEND}, which is not built here ({own_library()}): run `make install`, "
+            "or publish again"
+        )
+    if config.backend not in (PYTHON_BACKEND, OWN_BACKEND):
         raise TritonError(
             f"{path} wants the backend {config.backend}, which this Triton lacks: serve it in the container "
             "(docker/compose.yaml), or publish with --profile cpu"
@@ -81,6 +88,9 @@ def _check_version(version: Path, config: Any) -> None:
         if card.has_engine:
             card.verify_engine()
             _check_memory(version, card)
+        text = version / ENGINE_FILE
+        if config.backend == OWN_BACKEND and text.read_text(encoding="utf-8") != engine_text(card):
+            raise TritonError(f"{text} does not say what {CARD_FILE} beside it says: publish it again")
 
 
 def _check_memory(version: Path, card: Card) -> None:
@@ -101,10 +111,14 @@ def _require_no_pointer(path: Path) -> None:
 
 
 def _check_shared_memory(configs: Sequence[Any]) -> None:
-    """Each copy of a network needs room for itself and for its largest tile, which Triton tries before it is ready."""
+    """Each copy of a network in the python backend needs room for itself and its largest tile, which is tried first."""
     needed_mib = sum(
-        sum(group.count for group in config.instance_group) * (_COPY_MIB + _tile_mib(config)) for config in configs
+        sum(group.count for group in config.instance_group) * (_COPY_MIB + _tile_mib(config))
+        for config in configs
+        if config.backend == PYTHON_BACKEND
     )
+    if not needed_mib:
+        return
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError as error:

@@ -11,6 +11,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve.models.library import OWN_BACKEND, own_library
 from unet.errors import UnetError
 from unet.files import atomic_directory
 
@@ -86,18 +87,20 @@ def find_installation(cache_dir: Path) -> Installation:
 
 
 def _stage_backends(root: Path, staged: Path) -> Path:
-    """Link the python backend and the stub of this Python side by side, as tritonserver wants them."""
+    """Link the backends as tritonserver wants them: the python backend with the stub of this Python, and our own."""
     stub = root / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
     if not stub.exists():
         raise TritonError(f"nvidia-pytriton has no python backend for Python {PYTHON}: use Python 3.9, 3.10 or 3.11")
-    sources = {path.name: path for path in (*(root / "backends" / "python").iterdir(), stub) if path.is_file()}
-    if all((staged / "python" / name).resolve() == path.resolve() for name, path in sources.items()):
+    files = [path for path in (*(root / "backends" / "python").iterdir(), stub) if path.is_file()]
+    sources = {f"python/{path.name}": path for path in files}
+    if (library := own_library()).is_file():
+        sources[f"{OWN_BACKEND}/{library.name}"] = library
+    if all((staged / name).resolve() == path.resolve() for name, path in sources.items()):
         return staged
     with atomic_directory(staged) as aside:
-        folder = aside / "python"
-        folder.mkdir()
         for name, path in sources.items():
-            (folder / name).symlink_to(path)
+            (aside / name).parent.mkdir(exist_ok=True)
+            (aside / name).symlink_to(path)
     return staged
 
 

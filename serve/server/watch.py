@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from serve.models.config import BACKEND_CODE_FILE
+from serve.models.backend import BACKEND_CODE_FILE
 from serve.server.control import control_of, require_state
 from serve.server.guard import start_ticks
 from serve.server.install import TritonError
