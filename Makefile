@@ -143,6 +143,10 @@ test: install  ## the tests, about twelve minutes on two cores
 test-slow: install  ## the tests that take longer
 	@$(BIN)/python -m pytest -m "slow and not gpu and not images"
 
+.PHONY: torture
+torture: install  ## 100,000 damaged files for every reader; the counts come into torture.md (about half an hour)
+	@$(BIN)/python -m tests.torture.fuzz --inputs 100000 --out torture.md
+
 .PHONY: test-gpu
 test-gpu: install  ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu

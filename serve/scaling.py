@@ -9,7 +9,6 @@ With ``--url`` the one server is measured with the same random arrivals beside t
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from serve.measure.sizing.one_server import Beside, beside_table, beside_the_sim
 from serve.measure.sizing.simulation import Need, ScalingSettings, ServiceTimes, servers_needed, volume_hours
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
-from unet.files import write_json
+from unet.files import read_json, write_json
 from unet.measure import markdown
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ _USUAL = "benchmark/benchmark.json"
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        return lone_rows(json.loads(path.read_text(encoding="utf-8")))
+        return lone_rows(read_json(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MeasureError(
             f"{path} is not what serve/benchmark.py writes ({error}): run that first, or name --benchmark"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import TrainError
-from unet.config import FlagParser, add_flags, setting
+from unet.config import FlagParser, add_flags, fits, setting
+from unet.files import read_json
 from unet.geometry import CONTEXT, is_valid_size, valid_size_for
 from unet.intensity import WindowChoice, parse_window
 from unet.volume import LabelOptions
@@ -214,10 +214,13 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         TrainError: if the file is not such a record.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))["settings"]
+        values = {str(name): value for name, value in dict(read_json(path)["settings"]).items()}
         unknown = set(values) - set(_FIELDS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainError(f"{path} is not the config.json of a training run: {error}") from error
     if unknown:
         raise TrainError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
-    return dict(values)
+    for name, value in values.items():
+        if not fits(TrainConfig, name, value):
+            raise TrainError(f"{path} has {value!r:.40} for {name}: correct it, or leave it out for the default")
+    return values

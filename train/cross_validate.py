@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from train.config import FOLDS, config_of, parse_flags
 from train.errors import TrainError
 from train.run.folder import Run
 from unet.errors import command, say
-from unet.files import atomic_file
+from unet.files import atomic_file, read_json
 from unet.measure import markdown
 from unet.processes import child
 
@@ -78,7 +77,7 @@ class Fold:
         Raises:
             TrainError: if they are of slices that were trained on.
         """
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in self._score_files()]
+        records = [read_json(path) for path in self._score_files()]
         if not all(record["held_out"] for record in records):
             raise TrainError(f"{self.folder} has scores of slices that were trained on: choose another --model_dir")
         counts = [record["slices"] for record in records]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,6 +93,14 @@ def from_flags(settings: type[Settings], chosen: argparse.Namespace, prefix: str
     values = {field.name: getattr(chosen, name) for field, name in _flags(settings, prefix)}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return settings(**values, **others)
+
+
+def fits(settings: type, name: str, value: object) -> bool:
+    """Whether a value, out of JSON, is of the kind that a setting has; a whole number also fits a fraction."""
+    kind = next(field.metadata[_KIND] for field in dataclasses.fields(settings) if field.name == name)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is kind
 
 
 def _flags(settings: type, prefix: str) -> Iterator[tuple[dataclasses.Field[Any], str]]:

@@ -31,15 +31,23 @@ _EXTRAS = {
     "pytriton": "serve",
 }
 
+# Characters of a message; what is said of a file may hold a library's print of the whole of it.
+_LONGEST = 1500
+
 Main = Callable[[Sequence[str] | None], int]
 
 
 class UnetError(Exception):
     """Something that the user can correct.
 
-    The message is one sentence that says what was wrong with which file or value and what to do.
-    Each area derives its own root from this class.
+    The message is one sentence that says what was wrong with which file or value and what to do; line ends that a
+    library's or a file's own words bring along become spaces, and the middle of very long words is left out. Each area
+    derives its own root from this class.
     """
+
+    def __init__(self, message: object = "") -> None:
+        line = " ".join(str(message).splitlines())
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST * 2 // 3]} ... {line[-_LONGEST // 3 :]}")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -252,6 +252,28 @@ def remove_directory(path: str | os.PathLike[str]) -> None:
             shutil.rmtree(final)
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON.
+    """
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than this reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with atomic_file(path) as aside:

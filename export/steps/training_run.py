@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from export.errors import ExportError
+from unet.files import read_json
 from unet.names import SAVED_MODEL
 
 
@@ -49,7 +49,7 @@ class TrainingRun:
         if not path.exists():
             return cls(folder, repeat=repeat)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except ValueError as error:
             raise ExportError(f"{path} is not JSON ({error}): take it from the training run again") from error
         if not isinstance(values, dict):

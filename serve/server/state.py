@@ -24,6 +24,7 @@ from serve.server.guard import (
     start_ticks,
 )
 from serve.server.install import TritonError
+from unet.files import read_json
 
 _STATE_FILE = "server.json"
 _HEALTH_TIMEOUT_S = 2.0
@@ -109,7 +110,7 @@ def load_state(state_dir: Path) -> ServerState | None:
     """
     path = state_file(state_dir)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         return ServerState(**{field.name: values[field.name] for field in fields(ServerState)})
     except FileNotFoundError:
         return None

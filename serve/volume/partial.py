@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.segment.errors import ClientError
-from unet.files import take_lock
+from unet.files import parse_json, take_lock
 from unet.volume.tiff.canvas import write_all
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Partial:
             self._clear()
             return
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [dict(parse_json(line)) for line in whole.splitlines()]
             former = lines[0]
             self.may_replace = any(_MAY_REPLACE in line for line in lines[1:])
             self.done = {
@@ -125,7 +125,7 @@ class Partial:
                 for line in lines[1:]
                 if _MAY_REPLACE not in line
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ClientError(f"{journal} is damaged ({error}): add --overwrite to begin anew") from error
         if not resume:
             raise ClientError(

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from train.errors import TrainError
-from unet.files import atomic_directory, sha256_of, write_json
+from unet.files import atomic_directory, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +70,7 @@ def write_state(folder: Path, objects: dict[str, Any], facts: dict[str, Any]) ->
 def facts_of(folder: Path) -> dict[str, Any] | None:
     """The facts of a folder of `write_state` whose files are as they were written, else None."""
     try:
-        facts = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        facts = read_json(folder / _MANIFEST)
         whole = all(sha256_of(folder / file) == digest for file, digest in facts.pop("sha256").items())
         facts["step"] = int(facts["step"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import logging
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from train.config import FACTS, TrainConfig, config_of, default_of, read_settings
 from train.errors import TrainError
 from train.run.checkpoints import Checkpoints, diverged
-from unet.files import remove_abandoned, write_json
+from unet.files import read_json, remove_abandoned, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -47,7 +46,7 @@ class Run:
         self._seen: list[str] | None = None
         if self.path.exists():
             read_settings(self.path)  # which says what is wrong with it
-            self.record = json.loads(self.path.read_text(encoding="utf-8"))
+            self.record = read_json(self.path)
 
     @property
     def path(self) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unet.errors import say
-from unet.files import atomic_file
+from unet.files import atomic_file, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +94,7 @@ class RunLog:
 def _is_until(line: str, step: int) -> bool:
     """Whether a line is whole and not of a step after ``step``."""
     try:
-        at = json.loads(line[len(_PREFIX) :])["step"]
+        at = parse_json(line[len(_PREFIX) :])["step"]
     except (ValueError, KeyError):
         return False
     return not (isinstance(at, int) and at > step)
@@ -104,5 +104,5 @@ def read_log(model_dir: str | Path) -> Iterator[tuple[int | str | list[Any], dic
     """The (step, data) of each event in a run's folder."""
     with (Path(model_dir) / LOG_NAME).open(encoding="utf-8") as stream:
         for line in stream:
-            record = json.loads(line[len(_PREFIX) :])
+            record = parse_json(line[len(_PREFIX) :])
             yield record["step"], record["data"]

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from unet.card.records import CPU, Artefact, Engine, Proof
 from unet.errors import UnetError
-from unet.files import sha256_of, write_json
+from unet.files import read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +59,7 @@ class Card:
         card = cls(folder)
         path = card.folder / CARD_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except FileNotFoundError as error:
             raise CardError(f"{path} does not exist: name a folder of artefacts that export/main.py wrote") from error
         except (OSError, ValueError) as error:
@@ -68,10 +67,10 @@ class Card:
         if not isinstance(values, dict) or "artefacts" not in values:
             raise CardError(f"{path} is JSON but not a card of artefacts: {_REBUILD}")
         if values.get("format") != FORMAT:
-            raise CardError(f"{path} has format {values.get('format')}, this version reads {FORMAT}: {_REBUILD}")
+            raise CardError(f"{path} has format {values.get('format')!r:.20}, this version reads {FORMAT}: {_REBUILD}")
         try:
             card._fill(values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CardError(f"{path} lacks or misnames an entry ({error}): {_REBUILD}") from error
         return card
 

@@ -222,7 +222,7 @@ def _read_picture(file: Path, limits: Limits) -> npt.NDArray[Any]:
             if picture.mode in _GREY:
                 return np.asarray(picture.convert("L") if picture.mode == "1" else picture).astype(dtype)
             planes = np.asarray(picture.convert("RGBA"))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (MemoryError, OSError, SyntaxError, ValueError) as error:
             raise StackError(f"{file} is truncated or damaged ({error}): copy it again") from error
     grey = planes[..., 0]
     if not ((planes[..., 1] == grey).all() and (planes[..., 2] == grey).all() and (planes[..., 3] == 255).all()):

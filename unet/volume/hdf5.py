@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unet.errors import warn
+from unet.files import parse_json
 from unet.volume.arrays import ArrayVolume
 from unet.volume.limits import IMAGE_LIMITS, LABEL_LIMITS, StackError
 from unet.volume.volume import FileIdentity
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from unet.volume.limits import Limits
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -54,16 +57,15 @@ class Hdf5Stack(ArrayVolume):
             StackError: if there is none that can be read, or several.
         """
         h5py = _load_h5py()
-        try:
+        with _damage(path):
             self._file = h5py.File(path, "r", locking=False)
-        except OSError as error:
-            raise StackError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
         try:
-            data = _dataset(h5py, path, self._file, inner, limits)
-            shown = Path(f"{path}:/{inner}") if inner else path
-            axes = _axes(shown, data)
-            super().__init__(shown, data, axes, limits, data.chunks or (1,) * len(data.shape))
-            self.metadata = self.described(_sizes(shown, data, axes))
+            with _damage(path):
+                data = _dataset(h5py, path, self._file, inner, limits)
+                shown = Path(f"{path}:/{inner}") if inner else path
+                axes = _axes(shown, data)
+                super().__init__(shown, data, axes, limits, data.chunks or (1,) * len(data.shape))
+                self.metadata = self.described(_sizes(shown, data, axes))
         except BaseException:
             self._file.close()
             raise
@@ -80,6 +82,17 @@ class Hdf5Stack(ArrayVolume):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What HDF5 makes of a damaged file: an error of many kinds, from whichever part of it is asked for."""
+    try:
+        yield
+    except StackError:
+        raise
+    except Exception as error:
+        raise StackError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
 
 
 def _dataset(h5py: Any, path: Path, file: Any, inner: str, limits: Limits) -> Any:
@@ -121,7 +134,7 @@ def _axes(path: Path, data: Any) -> list[str]:
     """Names of the axes, from ilastik's tags where there are some; else depth, rows and columns."""
     count = len(data.shape)
     try:
-        names = [str(axis["key"]).lower() for axis in json.loads(data.attrs["axistags"])["axes"]]
+        names = [str(axis["key"]).lower() for axis in parse_json(data.attrs["axistags"])["axes"]]
         if len(names) == count and {"y", "x"} <= set(names):
             return names
         warn(f"the axis tags of {path} cannot be understood: they are left out")

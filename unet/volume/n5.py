@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unet.errors import warn
+from unet.files import read_json
 from unet.volume.arrays import ArrayVolume
 from unet.volume.limits import IMAGE_LIMITS, StackError
 from unet.volume.volume import FolderIdentity
@@ -113,7 +114,7 @@ def _short(error: Exception) -> str:
 
 def _words_of(folder: Path) -> dict[str, Any]:
     try:
-        words = json.loads((folder / _WORDS).read_text(encoding="utf-8"))
+        words = read_json(folder / _WORDS)
     except (OSError, ValueError):
         return {}
     return words if isinstance(words, dict) else {}

@@ -16,7 +16,7 @@ from serve.measure.page.slices import slices_of, stack_scores, truth_of
 from serve.measure.page.truth import LEAST_PX, LEAST_SHARE
 from unet.card import CARD_FILE
 from unet.config import setting
-from unet.files import atomic_file
+from unet.files import atomic_file, read_json
 from unet.volume import read_labels
 from unet.volume.overlay import MEMBRANE_COLOUR, OPACITY
 
@@ -184,7 +184,7 @@ def page_json(path: Path) -> Any:
         MeasureError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError as error:
         raise MeasureError(f"{path} does not exist: make it first, or leave its flag away") from error
     except ValueError as error:

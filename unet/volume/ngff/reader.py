@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet.errors import warn
 from unet.volume.arrays import ArrayVolume
 from unet.volume.limits import IMAGE_LIMITS, StackError
+from unet.volume.ngff.blosc import guard_blosc
 from unet.volume.ngff.remote import MARKS, RemoteIdentity, check_reachable, remote_address, remote_fault, store_fault
 from unet.volume.volume import FolderIdentity
 
@@ -61,6 +63,7 @@ class ZarrStack(ArrayVolume):
             if not hasattr(found, "shape"):
                 found = _only_image(shown, found)
             self.multiscale, array = _multiscale(found)
+            axes, sizes = _axis_names(shown, self.multiscale["axes"]), _sizes(self.multiscale)
         except StackError:
             raise
         except Exception as error:  # zarr's own, and those of a folder that says nothing or nonsense
@@ -73,9 +76,8 @@ class ZarrStack(ArrayVolume):
             if address
             else FolderIdentity(folder / inner / array.path)
         )
-        axes = _axis_names(shown, self.multiscale["axes"])
         super().__init__(shown, array, axes, limits, array.chunks)
-        self.metadata = self.described(_sizes(self.multiscale))
+        self.metadata = self.described(sizes)
 
     def fingerprint(self) -> dict[str, Any]:
         """A SHA-256, in hexadecimal, over names, sizes and times of the first level's files; of objects also ETags."""
@@ -161,9 +163,10 @@ def _sizes(multiscale: Mapping[str, Any]) -> dict[str, Any]:
     scales = multiscale["datasets"][0].get("coordinateTransformations", ())
     scale = next((one["scale"] for one in scales if one["type"] == "scale"), ())
     for axis, step in zip(multiscale["axes"], scale):
-        if axis["name"].lower() in ("x", "y", "z") and axis.get("unit"):
-            key = f"PhysicalSize{axis['name'].upper()}"
-            sizes[key], sizes[f"{key}Unit"] = float(step), UNITS.get(axis["unit"], axis["unit"])
+        name, unit = str(axis["name"]).lower(), str(axis.get("unit") or "")
+        if name in ("x", "y", "z") and unit and 0 < float(step) < math.inf:
+            key = f"PhysicalSize{name.upper()}"
+            sizes[key], sizes[f"{key}Unit"] = float(step), UNITS.get(unit, unit)
     return sizes
 
 
@@ -179,4 +182,5 @@ def load_zarr() -> Any:
         raise StackError("zarr is not installed: pip install 'unet-medical-triton[zarr]'") from error
     if int(zarr.__version__.split(".")[0]) < 3:
         raise StackError(f"zarr {zarr.__version__} is too old: pip install 'unet-medical-triton[zarr]'")
+    guard_blosc()
     return zarr

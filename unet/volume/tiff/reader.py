@@ -168,7 +168,10 @@ class StackReader(Volume):
         into = found.reshape(-1).view(np.uint8).data
         done = 0
         while done < into.nbytes:
-            count = os.preadv(self._file.filehandle.fileno(), [into[done:]], offset + done)
+            try:
+                count = os.preadv(self._file.filehandle.fileno(), [into[done:]], offset + done)
+            except (OSError, OverflowError) as error:  # a place that no file has, or a disk that fails
+                raise damaged(self.path) from error
             if count == 0:
                 raise damaged(self.path)
             done += count
