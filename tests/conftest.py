@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,14 +29,3 @@ def isbi_dir() -> Path:
 def project_root() -> Path:
     """The folder that holds README.md and the Makefile."""
     return ROOT
-
-
-@pytest.fixture
-def children_cpu_s() -> Callable[[], float]:
-    """Tells the CPU seconds of this process's ended children: what a start costs, on a busy machine too."""
-
-    def spent() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    return spent

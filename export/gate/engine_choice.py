@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from export.gate.proof import Evidence, Step, prove
 from unet.card.records import Engine
 from unet.engine import EngineError
 from unet.engine.cpu import CpuEngine, EngineChoice, supported_choices
+from unet.errors import warn
 from unet.names import HALF, INT8, ONNX, SAVED_MODEL
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ INT8_CHOICE = EngineChoice("openvino", "int8")
 # OpenVINO converts float16 weights while loading, so it takes the smaller file; ONNX Runtime would put casts around
 # every operator of a float16 graph on a CPU, so it takes the float32 one.
 FILE_OF = {"openvino": HALF, "onnxruntime": ONNX}
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def tolerance_of(choice: EngineChoice) -> Tolerance:
 
 def _refuse(choice: EngineChoice, error: Exception, refused: dict[str, str]) -> None:
     refused[str(choice)] = str(error)
-    log.warning("%s is not used: %s", choice, error)
+    warn(f"{choice} is not used: {error}")
 
 
 def measure(engines: Mapping[EngineChoice, CpuEngine], tiles: Tiles) -> dict[EngineChoice, float]:

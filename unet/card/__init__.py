@@ -77,6 +77,8 @@ class Card:
     def _fill(self, values: Mapping[str, Any]) -> None:
         for name, entry in values["artefacts"].items():
             known = {one.name: entry[one.name] for one in fields(Artefact)}
+            if not (isinstance(known["file"], str) and isinstance(known["sha256"], str)):
+                raise TypeError(f"{name} has no file with a SHA-256")
             self.artefacts[name] = Artefact(**{**known, "proof": Proof.read(entry["proof"])})
         self.model = dict(values["model"])
         self.tile_sizes = tuple(int(size) for size in values["tile_sizes"])
