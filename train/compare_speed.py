@@ -1,7 +1,9 @@
 """Ratios of training speed, each from one interleaved run: ``python train/compare_speed.py [flags of main.py]``.
 
 * our step against Keras' own ``fit``: the same network, batch, loss, optimizer, precision and input;
-* bfloat16 against float32;
+* the arithmetic of our step's convolutions against TensorFlow's product of large matrices in the same format: how much
+  of the processor training uses;
+* bfloat16 against float32, where the processor has its instructions;
 * two ranks against one process with the same global batch and all cores;
 * what cutting a training window costs, with and without augmentation.
 """
@@ -22,15 +24,16 @@ from train.config import TrainConfig, parse_config
 from train.errors import TrainError
 from unet.errors import command, say
 from unet.files import write_json
-from unet.machine import machine
+from unet.machine import cpu_amp_dtype, machine
 from unet.measure import interleave, markdown, ratios
 from unet.processes import child
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from train.input.store import Slice
 
+_MATRIX_SIDE = 2048
 MAIN = Path(__file__).with_name("main.py")
 
 
@@ -118,6 +121,37 @@ class _StepClock:
         self.seconds = time.perf_counter() - self._started
 
 
+def step_gflop(config: TrainConfig) -> float:
+    """Arithmetic of a step's convolutions in GFLOP: 2 x multiply-adds, forward and twice as much backward."""
+    import tensorflow as tf
+
+    from train.model.network import build_unet
+
+    shape = (config.batch_size, config.tile_size, config.tile_size, 1)
+    traced = tf.function(build_unet(config.base_filters)).get_concrete_function(tf.TensorSpec(shape, tf.float32))
+    convolutions = [one for one in traced.graph.get_operations() if one.type == "Conv2D"]
+    pixels = [one.outputs[0].shape[:3].num_elements() for one in convolutions]
+    multiplied = sum(int(n * one.inputs[1].shape.num_elements()) for n, one in zip(pixels, convolutions))
+    return 3 * 2 * multiplied / 1e9
+
+
+def matrix_product(number_format: str, count: int) -> Callable[[], float]:
+    """Runs that many of TensorFlow's products of two large matrices; GFLOP a second."""
+    import tensorflow as tf
+
+    matrix = tf.cast(tf.random.uniform((_MATRIX_SIDE, _MATRIX_SIDE)), number_format)
+    product = tf.function(lambda: tf.reduce_sum(tf.matmul(matrix, matrix)))
+    product().numpy()
+
+    def run() -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            product().numpy()
+        return 2 * _MATRIX_SIDE**3 * count / (time.perf_counter() - started) / 1e9
+
+    return run
+
+
 def windows_cost(config: TrainConfig, slices: Sequence[Slice], count: int) -> Callable[[], float]:
     """Cuts that many training windows on one thread; seconds a window."""
     from train.input.dataset import windows_of
@@ -161,25 +195,42 @@ def compare(config: TrainConfig, rounds: int, steps: int) -> list[Ratio]:
     from train.input.split import load_data
 
     slices = load_data(config).training
-    precisions = {"float32": False, "bfloat16": True}
-    configs = {name: dataclasses.replace(config, use_amp=amp, amp_dtype="bfloat16") for name, amp in precisions.items()}
+    # Emulated, bfloat16 would say nothing and take minutes.
+    formats = ["float32", "bfloat16"] if cpu_amp_dtype() == "bfloat16" else ["float32"]
     subjects: dict[str, Callable[[], float]] = {}
-    for name, one in configs.items():
+    for name in formats:
+        one = dataclasses.replace(config, use_amp=name == "bfloat16", amp_dtype="bfloat16")
         subjects[f"ours {name}"] = our_steps(one, slices, steps)
         subjects[f"Keras {name}"] = keras_steps(one, slices, steps)
+        subjects[f"product {name}"] = matrix_product(name, steps)
     for augment in (True, False):
         subjects[f"window {augment}"] = windows_cost(dataclasses.replace(config, augment=augment), slices, 20)
     found = interleave(subjects, rounds)
     shared = dataclasses.replace(config, global_batch_size=2, use_amp=True)
     found |= interleave({f"{ranks} ranks": throughput(shared, ranks, steps) for ranks in (2, 1)}, rounds)
-    scaled = {name: [1e3 * value for value in values] for name, values in found.items()}
-    return [
-        Ratio("our step / Keras fit, float32", "ms", scaled["ours float32"], scaled["Keras float32"]),
-        Ratio("our step / Keras fit, bfloat16", "ms", scaled["ours bfloat16"], scaled["Keras bfloat16"]),
-        Ratio("bfloat16 step / float32 step", "ms", scaled["ours bfloat16"], scaled["ours float32"]),
-        Ratio("augmented window / plain window, one thread", "ms", scaled["window True"], scaled["window False"]),
-        Ratio("2 ranks / 1 process, batch 2 in all, bfloat16", "img/s", found["2 ranks"], found["1 ranks"]),
-    ]
+    return ratios_of(found, formats, step_gflop(config))
+
+
+def ratios_of(found: Mapping[str, Sequence[float]], formats: Sequence[str], gflop: float) -> list[Ratio]:
+    """The ratios of what was measured.
+
+    Args:
+        found: seconds, GFLOP a second and images a second by subject, one value for each round.
+        formats: number formats that were measured.
+        gflop: arithmetic of a step.
+    """
+    ms = {name: [1e3 * value for value in values] for name, values in found.items()}
+    rows = []
+    for name in formats:
+        ours = ms[f"ours {name}"]
+        rows.append(Ratio(f"our step / Keras fit, {name}", "ms", ours, ms[f"Keras {name}"]))
+        reached = [gflop / (step / 1e3) for step in ours]
+        rows.append(Ratio(f"our step / matrix product, {name}", "GFLOP/s", reached, found[f"product {name}"]))
+    if "bfloat16" in formats:
+        rows.append(Ratio("bfloat16 step / float32 step", "ms", ms["ours bfloat16"], ms["ours float32"]))
+    rows.append(Ratio("augmented window / plain window, one thread", "ms", ms["window True"], ms["window False"]))
+    title = f"2 ranks / 1 process, batch 2 in all, {formats[-1]}"
+    return [*rows, Ratio(title, "img/s", found["2 ranks"], found["1 ranks"])]
 
 
 @command
