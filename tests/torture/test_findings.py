@@ -139,3 +139,22 @@ def test_a_page_that_begins_where_no_file_has_a_byte(tmp_path: Path) -> None:
 
 def test_words_of_a_library_on_several_lines_become_one_sentence() -> None:
     assert str(UnetError("a.tif is damaged (first\nsecond\r\nthird)")) == "a.tif is damaged (first second third)"
+
+
+@pytest.mark.parametrize("way", ["storage", "link", "virtual"])
+def test_an_hdf5_file_that_names_another_files_bytes_as_its_pixels(way: str, tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    other, path = tmp_path / "other.h5", tmp_path / "volume.h5"
+    with h5py.File(other, "w") as file:
+        file["raw"] = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8)
+    with h5py.File(path, "w") as file:
+        if way == "storage":
+            file.create_dataset("raw", (3, 8, 8), np.uint8, external=[(str(other), 0, 192)])
+        elif way == "link":
+            file["raw"] = h5py.ExternalLink(str(other), "raw")
+        else:
+            layout = h5py.VirtualLayout((3, 8, 8), np.uint8)
+            layout[:] = h5py.VirtualSource(str(other), "raw", (3, 8, 8))
+            file.create_virtual_dataset("raw", layout)
+    with pytest.raises(UnetError, match=f"takes pixels from {other}: name that file"):
+        READERS["volume"](Path(f"{path}:/raw"))

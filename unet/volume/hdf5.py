@@ -62,6 +62,7 @@ class Hdf5Stack(ArrayVolume):
         try:
             with _damage(path):
                 data = _dataset(h5py, path, self._file, inner, limits)
+                _require_own_pixels(path, self._file, data)
                 shown = Path(f"{path}:/{inner}") if inner else path
                 axes = _axes(shown, data)
                 super().__init__(shown, data, axes, limits, data.chunks or (1,) * len(data.shape))
@@ -109,6 +110,17 @@ def _dataset(h5py: Any, path: Path, file: Any, inner: str, limits: Limits) -> An
     if usual:
         return file[usual[0]]
     raise StackError(f"{path} does not say which data set is meant: {_named(h5py, file)}")
+
+
+def _require_own_pixels(path: Path, file: Any, data: Any) -> None:
+    """Refuse pixels of other files: nobody would notice that those change, and a file may name any as its own."""
+    others = [source.file_name for source in data.virtual_sources()] if data.is_virtual else []
+    others += [name for name, *_ in data.external or ()]
+    others += [data.file.filename] if data.file.filename != file.filename else []
+    # "." is HDF5's word for the file itself.
+    others = [str(other) for other in others if str(other) != "."]
+    if others:
+        raise StackError(f"{path} takes pixels from {others[0]}: name that file, or copy them into one data set")
 
 
 def _candidates(h5py: Any, file: Any) -> list[str]:
