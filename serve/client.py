@@ -15,8 +15,9 @@ from serve.segment.segmenter import Segmenter
 from serve.segment.settings import DEFAULT_URL, Settings, addresses
 from serve.volume.jobs import JobList
 from serve.volume.outputs import KINDS
-from serve.volume.request import Request, Summary
+from serve.volume.request import Request, Share, Summary
 from serve.volume.run import segment_volume
+from serve.volume.shards.run import compute_here, goes_on_by_shards, segment_shards
 from serve.volume.sources import expanded
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
@@ -25,8 +26,10 @@ from unet.volume import open_volume
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from serve.volume.dask_connection import DaskCluster
+    from serve.volume.shards.run import Compute
     from serve.volume.work import SegmentBands
 
 
@@ -59,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_flags(how, Settings)
     how.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster whose workers ask the servers")
+    for name, what_it_is in (("ca", "authority"), ("cert", "certificate of this side"), ("key", "private key")):
+        how.add_argument(f"--dask_tls_{name}", type=Path, help=f"PEM of the {what_it_is}, for --dask tls://HOST:PORT")
+    how.add_argument(
+        "--shard", type=Share.parse, metavar="K/N",
+        help="only part K of N, counted from 0, of an OME-Zarr volume on a shared disk, for tasks that need no "
+        "coordinator: $SLURM_ARRAY_TASK_ID/N of --array=0-(N-1), or $JOB_COMPLETION_INDEX/N; the last one to end "
+        "publishes the outputs; 0/1 does whatever is missing",
+    )  # fmt: skip
     how.add_argument("--tls_ca", type=Path, help="PEM of the authority of the server's certificate: encrypts")
     how.add_argument("--tls_cert", type=Path, help="PEM of this client's certificate, where the server wants one")
     how.add_argument("--tls_key", type=Path, help="PEM of its private key")
@@ -80,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if chosen.dry_run:
                 jobs.run(lambda source: output.plan(segmenter, source, request))
             else:
-                segment_bands = _segment_bands(segmenter, chosen.dask)
-                jobs.run(lambda source: output.summary(segment_volume(segmenter, source, request, segment_bands)))
+                work = _work(segmenter, request, _cluster(chosen, settings))
+                jobs.run(lambda source: output.summary(work(source)))
     jobs.check()
     output.check()
     return 0
@@ -90,14 +101,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _request(chosen: argparse.Namespace) -> Request:
     kinds = tuple(dict.fromkeys(chosen.output or ["probability"]))
     drawn = chosen.output is None or "overlay" in kinds
-    return from_flags(
+    if chosen.shard is not None and chosen.dask is not None:
+        raise ClientError("--shard is for tasks without a coordinator, and --dask names one: leave one of them out")
+    request = from_flags(
         Request,
         chosen,
         kinds=kinds,
         folder=chosen.output_dir,
         window=parse_window(chosen.window),
         picture_slice=chosen.overlay_slice if drawn else None,
+        by_shards=chosen.shard is not None or chosen.dask is not None,
+        share=chosen.shard,
     )
+    # A second pass, or a task that was started again, does what is missing.
+    return replace(request, resume=True) if chosen.shard else request
 
 
 def _tls(chosen: argparse.Namespace) -> Tls | None:
@@ -108,12 +125,31 @@ def _tls(chosen: argparse.Namespace) -> Tls | None:
     return None
 
 
-def _segment_bands(segmenter: Segmenter, dask: str | None) -> SegmentBands:
-    if dask is None:
-        return segmenter.segment_bands
-    from serve.volume.dask_cluster import DaskDispatcher
+def _cluster(chosen: argparse.Namespace, settings: Settings) -> DaskCluster | None:
+    if chosen.dask is None:
+        return None
+    from serve.volume.dask_connection import DaskCluster
 
-    return DaskDispatcher(dask, segmenter).segment_bands
+    tls = Tls(chosen.dask_tls_ca, chosen.dask_tls_cert, chosen.dask_tls_key) if chosen.dask_tls_ca else None
+    return DaskCluster(chosen.dask, settings.patience_s, tls)
+
+
+def _work(segmenter: Segmenter, request: Request, cluster: DaskCluster | None) -> Callable[[Path], Summary]:
+    """How one volume is segmented: by shards, or by bands that one process writes."""
+    segment_bands: SegmentBands = segmenter.segment_bands
+    compute: Compute = compute_here
+    if cluster is not None:
+        from serve.volume.dask_cluster import DaskDispatcher
+        from serve.volume.shards.cluster import DaskShards
+
+        segment_bands, compute = DaskDispatcher(cluster, segmenter).segment_bands, DaskShards(cluster).compute
+
+    def work(source: Path) -> Summary:
+        if goes_on_by_shards(request, source):
+            return segment_shards(segmenter, source, request, compute)
+        return segment_volume(segmenter, source, request, segment_bands)
+
+    return work
 
 
 class _Output:
@@ -170,6 +206,12 @@ class _Output:
         elif not self._quiet:
             window = "" if summary.window is None else f", intensities {summary.intensities}"
             recalled = f", {summary.recalled} of {summary.bands} parts from before" if summary.recalled else ""
+            if summary.missing:
+                self._say(
+                    f"{summary.input}: {summary.bands} shards of this share done, {summary.recalled} of them before; "
+                    f"{summary.missing} of other shares are missing, {summary.seconds:.1f} s"
+                )
+                return
             resent = f", {summary.resent} requests sent again" if summary.resent else ""
             self._say(
                 f"{', '.join(summary.outputs.values())}: {summary.slices} slices of {summary.height} x {summary.width}"

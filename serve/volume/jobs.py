@@ -84,7 +84,11 @@ class JobList:
         request = self._request
         taken = {job.source.resolve(): job.source for job in self.jobs}
         for source in [job.source for job in self.jobs]:
-            for path in (*request.targets(source).values(), request.partial_folder(source)):
+            for path in (
+                *request.targets(source).values(),
+                request.partial_folder(source),
+                request.shards_folder(source),
+            ):
                 other = taken.setdefault(path.resolve(), source)
                 if other is not source or path.resolve() == source.resolve():
                     raise ClientError(

@@ -109,7 +109,15 @@ class Output:
     """One file on its way."""
 
     def __init__(
-        self, kind: str, target: Path, aside: Path, volume: Volume, bands: Sequence[Band], settings: OutputSettings
+        self,
+        kind: str,
+        target: Path,
+        aside: Path,
+        volume: Volume,
+        bands: Sequence[Band],
+        settings: OutputSettings,
+        *,
+        keep: bool = False,
     ) -> None:
         """Lay the file out.
 
@@ -120,6 +128,7 @@ class Output:
             volume: what it is made of.
             bands: of each slice.
             settings: what is written.
+            keep: go on with an OME-Zarr output that another process has laid out.
         """
         self.kind, self.target, self._volume, self._bands, self._settings = kind, target, volume, bands, settings
         self._aside = aside / f"{kind}{''.join(target.suffixes[-1:])}"
@@ -129,7 +138,7 @@ class Output:
             assert isinstance(volume, ZarrStack)
             notes = {"kind": kind, "made_by": settings.made_by}
             rows = bands[0].row1 - bands[0].row0
-            self._canvas = ZarrCanvas(self._aside, volume, dtype, chunk_rows=rows, notes=notes)
+            self._canvas = ZarrCanvas(self._aside, volume, dtype, chunk_rows=rows, notes=notes, keep=keep)
         else:
             shape = (len(volume), volume.height, volume.width)
             samples = 3 if kind == "overlay" else 1
@@ -205,6 +214,16 @@ class Output:
             self._canvas.write(
                 page, band.row0, np.where(labels > 0, number[labels + np.where(labels > 0, offset, 0)], 0)
             )
+
+    def settle(self, page: int, bands: Sequence[Band], *, levels: bool) -> None:
+        """Have some bands of a slice of an OME-Zarr output on the disk, and with ``levels`` the smaller ones too."""
+        assert isinstance(self._canvas, ZarrCanvas)
+        self._canvas.settle(page, bands[0].row0, bands[-1].row1, levels=levels)
+
+    def read(self, page: int, row0: int, row1: int) -> npt.NDArray[Any]:
+        """Rows of a slice of an OME-Zarr output as they were written."""
+        assert isinstance(self._canvas, ZarrCanvas)
+        return self._canvas.read(page, row0, row1)
 
     def close(self) -> None:
         """Close it unfinished; it stays aside."""

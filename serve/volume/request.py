@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,38 @@ from unet.volume.opening import beside
 
 if TYPE_CHECKING:
     from unet.intensity import Window, WindowChoice
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several equal parts of a plan.
+
+    Attributes:
+        index: which, from 0 on.
+        count: of how many.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """From K/N.
+
+        Raises:
+            ClientError: it is something else.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if found is None or not int(found[1]) < int(found[2]):
+            raise ClientError(
+                f"--shard {text} is not K/N with K from 0 to N-1: an array of 100 tasks has 0/100 to 99/100, that is "
+                "$SLURM_ARRAY_TASK_ID/100 of --array=0-99, or $JOB_COMPLETION_INDEX/100"
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    def of(self, total: int) -> range:
+        """The numbers of this share's shards: neighbours, which read the same chunks of the input."""
+        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
 
 
 @dataclass(frozen=True)
@@ -29,7 +62,10 @@ class Request:
         resample: scale slices to the network's pixel size, and what is found of them back.
         resume: go on with what an interrupted run has found.
         overwrite: replace former results.
+        shard_mpx: size of the parts that several processes share out, in millions of pixels.
         quiet: show no progress bar.
+        by_shards: OME-Zarr volumes go by shards.
+        share: the part of the volume that is this process's, where several work on it without knowing each other.
     """
 
     kinds: tuple[str, ...] = ("probability",)
@@ -41,11 +77,16 @@ class Request:
     resample: bool = setting(False, "scale slices to the network's pixel size, and the results back")
     resume: bool = setting(False, "continue what an interrupted run has found; finished stacks are left as they are")
     overwrite: bool = setting(False, "replace what a former run wrote")
+    shard_mpx: float = setting(64.0, "million pixels of a shard, for --shard and --dask; the same for all processes")
     quiet: bool = setting(False, "no progress bar, no summary")
+    by_shards: bool = False
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ClientError(f"--threshold is {self.threshold:g}; it must be from 0 to 1")
+        if not self.shard_mpx > 0:
+            raise ClientError(f"--shard_mpx is {self.shard_mpx:g}; it must be positive")
 
     def targets(self, source: Path) -> dict[str, Path]:
         """What is written of a source, by kind; `outputs.PICTURE` is the PNG."""
@@ -58,6 +99,10 @@ class Request:
         """Where the results so far are kept."""
         return (self.folder or beside(source)[0]) / f"{stem_of(source)[0]}.partial"
 
+    def shards_folder(self, source: Path) -> Path:
+        """Where the processes that share a volume keep its plan and what they have found."""
+        return (self.folder or beside(source)[0]) / f"{stem_of(source)[0]}.shards"
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -69,6 +114,7 @@ class Summary:
         intensities: the same in words.
         bands: in all.
         resent: requests that were sent once more.
+        missing: shards that other processes have not computed yet; the outputs appear when there are none.
     """
 
     input: str
@@ -82,6 +128,7 @@ class Summary:
     recalled: int
     resent: int
     seconds: float
+    missing: int = 0
 
     @property
     def slices_per_s(self) -> float:

@@ -45,7 +45,7 @@ def check_volume(volume: Volume, request: Request) -> None:
 def is_done(volume: Volume, request: Request, *, tta: bool) -> bool:
     """Whether a former run has written all that is wanted, of this input by these settings."""
     targets = request.targets(volume.path)
-    unfinished = (request.partial_folder(volume.path) / JOURNAL).exists()
+    unfinished = (request.partial_folder(volume.path) / JOURNAL).exists() or request.shards_folder(volume.path).exists()
     if unfinished or not all(path.exists() for path in targets.values()):
         return False
     marks = marks_of(volume, find_windows(volume, request.window), request, tta=tta)

@@ -48,4 +48,4 @@ def expanded(names: Sequence[str]) -> list[Path]:
 
 def _unfinished(path: Path) -> bool:
     """Whether a path lies in what an interrupted run has left."""
-    return any(part.endswith(".partial") for part in path.parts)
+    return any(part.endswith((".partial", ".shards")) for part in path.parts)

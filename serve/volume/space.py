@@ -45,9 +45,10 @@ def require_space(wanted: Iterable[tuple[Volume, Request]], *, tta: bool) -> Non
             if kind == "overlay" or not isinstance(volume, ZarrStack)
         )
         kept[disk] = kept.get(disk, 0) + each * pixels - there
-        largest[disk] = max(largest.get(disk, 0), (4 if tta else 2) * pixels)
+        if not (request.by_shards and isinstance(volume, ZarrStack)):  # shards are kept in the outputs alone
+            largest[disk] = max(largest.get(disk, 0), (4 if tta else 2) * pixels)
     for disk, (room, folder) in free.items():
-        need = kept[disk] + largest[disk]
+        need = kept[disk] + largest.get(disk, 0)
         if need > room:
             raise ClientError(
                 f"{folder} has {room / 1e9:.1f} GB free, and this takes {need / 1e9:.1f} GB: free some space, or "

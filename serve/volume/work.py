@@ -142,7 +142,7 @@ class _Delivery:
                 output.finish_page(page, self._found)
             # Now rather than at the end: the server is at work on others.
             if page == run.request.picture_slice:
-                _draw(run, page, self._found, self._aside / PICTURE_FILE)
+                draw(run, page, self._found, self._aside / PICTURE_FILE)
         self._bar.update()
 
     def _write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
@@ -173,8 +173,8 @@ def produce(run: Run, partial: Partial, store: RawStore, outputs: list[Output], 
     return len(units) - len(missing)
 
 
-def _draw(run: Run, page: int, found: Planes, path: Path) -> None:
-    """Draw one slice beside the results so far, by strips if it is large."""
+def draw(run: Run, page: int, found: Planes, path: Path) -> None:
+    """Draw one slice as a PNG, by strips if it is large."""
     height, width = run.volume.height, run.volume.width
     factor = shrink_factor(height, width)
     step = max(1, BLOCK_PX // (width * factor)) * factor

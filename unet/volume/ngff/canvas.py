@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from unet.files import fsync
 from unet.volume.ngff.reader import load_zarr
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class ZarrCanvas:
             keep: open one that is there already instead.
         """
         zarr = load_zarr()
+        self._path = Path(path)
         self._leading, self.dtype = like.leading, np.dtype(dtype)
         sides = [(like.height, like.width)]
         while max(sides[-1]) > _SMALLEST_PX:
@@ -90,10 +92,29 @@ class ZarrCanvas:
                 fine = np.asarray(larger[self._block(page, 2 * row0, min(2 * row1, larger.shape[-2]))])
                 smaller[self._block(page, row0, row1)] = _halved(fine)
 
+    def settle(self, page: int, row0: int, row1: int, *, levels: bool) -> None:
+        """Have what was written of a slice on the disk: whole chunks of rows, and with ``levels`` the smaller levels.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        folder = Path("c", *(str(step) for step in self._place(page)))
+        step = self._levels[0].chunks[-2]
+        places = [self._path / "0" / folder / str(y) for y in range(row0 // step, -(-row1 // step))]
+        if levels:
+            places += [self._path / str(level) / folder for level in range(1, len(self._levels))]
+        for place in places:
+            for file in place.rglob("*"):
+                if file.is_file():
+                    fsync(file)
+
     def _block(self, page: int, row0: int, row1: int) -> tuple[Any, ...]:
         """The index of rows of slice ``page``, counted through the axes before y and x."""
-        place = np.unravel_index(page, self._leading) if self._leading else ()
-        return (*(int(step) for step in place), slice(row0, row1), slice(None))
+        return (*self._place(page), slice(row0, row1), slice(None))
+
+    def _place(self, page: int) -> tuple[int, ...]:
+        """Of slice ``page`` along the axes before y and x."""
+        return tuple(int(step) for step in np.unravel_index(page, self._leading)) if self._leading else ()
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -1,0 +1,148 @@
+"""One volume by shards, from file to files: this process's share, or all that is missing by a Dask cluster."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from serve.segment.errors import ClientError
+from serve.volume.partial import JOURNAL
+from serve.volume.request import Share, Summary
+from serve.volume.run import check_volume, is_done
+from serve.volume.shards.folder import recorded
+from serve.volume.shards.plan import can_be_sharded, require_shards
+from serve.volume.shards.work import ShardWork
+from unet.intensity import find_windows
+from unet.volume import open_volume
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from serve.segment.segmenter import Segmenter
+    from serve.volume.request import Request
+    from unet.volume import Volume
+
+    # Has shards computed, by their numbers, and tells the number of each that is done.
+    Compute = Callable[[ShardWork, Iterable[int], Callable[[int], None]], None]
+
+
+def compute_here(work: ShardWork, numbers: Iterable[int], each: Callable[[int], None]) -> None:
+    """Compute shards in this process."""
+    work.compute(numbers, each)
+
+
+def segment_shards(segmenter: Segmenter, source: Path, request: Request, compute: Compute = compute_here) -> Summary:
+    """Segment this process's share of an OME-Zarr volume, by shards that other processes may share.
+
+    The outputs appear when all shards are done, by whichever process finds that. The bytes do not depend on how many
+    there are, nor on the order, nor on which of them were killed.
+
+    Args:
+        segmenter: the connection.
+        source: the volume, which all processes see, as they see the folder of the outputs.
+        request: what is wanted, the same for all but for ``share``.
+        compute: has shards computed; by default in this process.
+
+    Raises:
+        StackError: if the source cannot be read.
+        ClientError: if the server does not answer or refuses, the request does not fit the volume, or the outputs are
+            no OME-Zarr. Shards that are done stay so.
+    """
+    require_shards(request, source)
+    check_folders(request, source)
+    started, share = time.perf_counter(), request.share or Share()
+    with open_volume(source) as volume:
+        check_volume(volume, request)
+        mine, todo, work = range(0), list[int](), None
+        try:
+            work = ShardWork(volume, segmenter, request)
+            mine = share.of(len(work.shards))
+            todo = work.missing(mine)
+            disable = True if request.quiet else None
+            with tqdm(total=len(mine), unit="shard", desc=source.name, disable=disable) as bar:
+                bar.initial = bar.n = len(mine) - len(todo)
+                compute(work, todo, lambda _: _step(bar))
+            published, left = work.finish(), work.left()
+        except FileNotFoundError:
+            if not published_by_another(volume, request, tta=segmenter.settings.tta):
+                raise
+            published, left = True, 0
+        except ClientError as error:
+            folder = request.shards_folder(source)
+            if folder.exists() and request.share is None and "remove" not in str(error):
+                error.args = (f"{error}; what was found so far is in {folder}, add --resume to go on with it",)
+            raise
+        size = len(volume), volume.height, volume.width
+        windows = work.run.windows if work else find_windows(volume, request.window)
+    outputs = {kind: str(path) for kind, path in request.targets(source).items()}
+    seconds, recalled = time.perf_counter() - started, len(mine) - len(todo)
+    missing = 0 if published else left
+    return Summary(
+        str(source),
+        outputs,
+        *size,
+        windows.value,
+        str(windows),
+        len(mine),
+        recalled,
+        segmenter.resent,
+        seconds,
+        missing,
+    )
+
+
+def _step(bar: Any) -> None:
+    bar.update()
+
+
+def check_folders(request: Request, source: Path) -> None:
+    """Refuse to mix what is found by shards with what an interrupted run has found otherwise, before any work.
+
+    Raises:
+        ClientError: naming what to do.
+    """
+    folder, partial = request.shards_folder(source), request.partial_folder(source)
+    if request.share is None and folder.exists() and not (request.resume or request.overwrite):
+        raise ClientError(
+            f"{folder} holds what an interrupted run has found: add --resume to go on with it, or --overwrite to begin "
+            "anew"
+        )
+    if request.share is not None and request.overwrite:
+        raise ClientError(
+            "--shard throws nothing away, which the other processes may be at work on: remove the former outputs and "
+            f"{folder} instead of --overwrite"
+        )
+    if request.share is not None and partial.exists():
+        raise ClientError(
+            f"{partial} holds what an interrupted run has found: go on with it without --shard, or remove it"
+        )
+
+
+def goes_on_by_shards(request: Request, source: Path) -> bool:
+    """Whether a volume is, or was begun to be, segmented by shards.
+
+    Raises:
+        ClientError: there is something, and what becomes of it was not said.
+    """
+    check_folders(request, source)
+    folder = request.shards_folder(source)
+    if request.share is not None:
+        return True
+    if request.resume and folder.exists():
+        return True
+    if request.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    begun = (request.partial_folder(source) / JOURNAL).exists() and request.resume
+    return request.by_shards and can_be_sharded(request, source) and not begun
+
+
+def published_by_another(volume: Volume, request: Request, *, tta: bool) -> bool:
+    """Whether another process has published the outputs, so that this one's folder vanished under its hands."""
+    folder = request.shards_folder(volume.path)
+    if folder.exists() and recorded(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)  # pixels that were written since then
+    return is_done(volume, request, tta=tta)
