@@ -72,9 +72,8 @@ def segment_shards(segmenter: Segmenter, source: Path, request: Request, compute
                 raise
             published, left = True, 0
         except ClientError as error:
-            folder = request.shards_folder(source)
-            if folder.exists() and request.share is None and "remove" not in str(error):
-                error.args = (f"{error}; what was found so far is in {folder}, add --resume to go on with it",)
+            if request.share is None and work is not None and "begin anew" not in str(error):
+                _keep_or_remove(work, error)
             raise
         size = len(volume), volume.height, volume.width
         windows = work.run.windows if work else find_windows(volume, request.window)
@@ -93,6 +92,14 @@ def segment_shards(segmenter: Segmenter, source: Path, request: Request, compute
         seconds,
         missing,
     )
+
+
+def _keep_or_remove(work: ShardWork, error: ClientError) -> None:
+    """Of a run that failed: say where what it found is, or leave nothing."""
+    if work.folder.marked():
+        error.args = (f"{error}; what was found so far is in {work.folder.path}, add --resume to go on with it",)
+    else:
+        work.folder.remove()
 
 
 def _step(bar: Any) -> None:

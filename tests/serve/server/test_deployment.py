@@ -44,12 +44,12 @@ def run(*words: str | Path, folder: Path = DOCKER) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["Dockerfile.train", "Dockerfile.serve"])
+@pytest.mark.parametrize("name", ["Dockerfile.train", "Dockerfile.serve", "Dockerfile.client"])
 def test_hadolint_has_nothing_to_say(name: str) -> None:
     assert run(BIN / "hadolint", "--config", DOCKER.parent / ".hadolint.yaml", DOCKER / name) == ""
 
 
-@pytest.mark.parametrize("name", ["Dockerfile.train", "Dockerfile.serve"])
+@pytest.mark.parametrize("name", ["Dockerfile.train", "Dockerfile.serve", "Dockerfile.client"])
 def test_images_copy_what_there_is_and_run_as_an_ordinary_user(name: str) -> None:
     text = (DOCKER / name).read_text(encoding="utf-8")
     for sources in re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", text, re.MULTILINE):
@@ -276,6 +276,43 @@ def test_the_job_trains_with_flags_that_there_are() -> None:
     known = run(sys.executable, "train/main.py", "--help", folder=DOCKER.parent)
     for flag in (word for word in command[script:] if word.startswith("--")):
         assert flag in known
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.37"])
+def test_kubernetes_takes_the_job_of_shards(version: str) -> None:
+    import kubernetes_validate
+
+    (job,) = documents("kubernetes/segment.yaml")
+    kubernetes_validate.validate(job, version, strict=True)
+    spec = job["spec"]
+    assert spec["completionMode"] == "Indexed"
+    (container,) = spec["template"]["spec"]["containers"]
+    assert f"$(JOB_COMPLETION_INDEX)/{spec['completions']}" in container["command"]
+    known = run(sys.executable, "serve/client.py", "--help", folder=DOCKER.parent)
+    assert all(word in known for word in container["command"] if word.startswith("--"))
+
+
+def test_slurms_array_does_a_volume_and_a_second_pass_what_is_missing(
+    triton_server: TritonServer, tmp_path: Path
+) -> None:
+    """The batch file by bash, with the variables that Slurm sets."""
+    import numpy as np
+    import zarr
+
+    script = DOCKER / "slurm" / "segment.sbatch"
+    text = script.read_text(encoding="utf-8")
+    assert re.search(r"^#SBATCH --array=0-99$", text, re.MULTILINE)
+    assert "${SHARES:-100}" in text
+    if checker := shutil.which("shellcheck"):
+        run(checker, "--exclude=SC1090,SC1091", script)
+    zarr.create_array(str(tmp_path / "v.zarr"), data=np.arange(3 * 40 * 40, dtype=np.uint8).reshape(3, 40, 40))
+    words = ["bash", script, tmp_path / "v.zarr", "--url", triton_server.settings.grpc_url, "--shard_mpx", "0.001"]
+    environment = {**os.environ, "SHARES": "2", "PATH": f"{BIN}:{os.environ['PATH']}", "UNET_ENV": "none"}
+    for task in ("1", "1", "0"):
+        assert not (tmp_path / "v-mask.zarr").exists()
+        environment["SLURM_ARRAY_TASK_ID"] = task
+        subprocess.run([*map(str, words), "--output", "mask"], env=environment, check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v-mask.zarr", "v.zarr"]
 
 
 @contextlib.contextmanager
