@@ -147,6 +147,10 @@ test-slow: install  ## the tests that take longer
 torture: install  ## 100,000 damaged files for every reader; the counts come into torture.md (about half an hour)
 	@$(BIN)/python -m tests.torture.fuzz --inputs 100000 --out torture.md
 
+.PHONY: torture-shards
+torture-shards: install  ## 200 SIGKILLs of tasks, workers, clients and schedulers; every byte compared (TORTURE_FLAGS=)
+	@$(BIN)/python -m tests.serve.volume.shards.torture $(TORTURE_FLAGS)
+
 .PHONY: test-gpu
 test-gpu: install  ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu

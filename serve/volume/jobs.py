@@ -13,6 +13,7 @@ from serve.segment.errors import Action, ClientError, ServerError
 from serve.volume.run import check_volume, is_done
 from serve.volume.space import require_space
 from unet.errors import UnetError, complain
+from unet.files import remove_abandoned
 from unet.volume import open_volume
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class JobList:
         job.state = State.DONE
         # What a kill at the very end has left.
         shutil.rmtree(self._request.partial_folder(job.source), ignore_errors=True)
+        shards = self._request.shards_folder(job.source)
+        remove_abandoned(shards.parent, shards.name)
         if not self._request.quiet:
             complain(f"{job.source} is done already: {', '.join(map(str, self._request.targets(job.source).values()))}")
 
