@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.serve.volume.shards.harness import make_blocks, served, tiles_computed
@@ -140,7 +141,7 @@ def differing(one: Path, other: Path) -> list[str]:
 
 
 @command
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Attack two volumes at a time, and print the counts; exit code 1 if a byte differs or too much was done twice."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
