@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from unet.intensity import find_windows
 from unet.volume import open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from serve.segment.segmenter import Segmenter
@@ -54,44 +55,56 @@ def segment_shards(segmenter: Segmenter, source: Path, request: Request, compute
     """
     require_shards(request, source)
     check_folders(request, source)
-    started, share = time.perf_counter(), request.share or Share()
+    started = time.perf_counter()
     with open_volume(source) as volume:
         check_volume(volume, request)
-        mine, todo, work = range(0), list[int](), None
+        found = _Found()
         try:
-            work = ShardWork(volume, segmenter, request)
-            mine = share.of(len(work.shards))
-            todo = work.missing(mine)
-            disable = True if request.quiet else None
-            with tqdm(total=len(mine), unit="shard", desc=source.name, disable=disable) as bar:
-                bar.initial = bar.n = len(mine) - len(todo)
-                compute(work, todo, lambda _: _step(bar))
-            published, left = work.finish(), work.left()
+            _work(found, volume, segmenter, request, compute)
         except FileNotFoundError:
             if not published_by_another(volume, request, tta=segmenter.settings.tta):
                 raise
-            published, left = True, 0
+            found.missing = 0
         except ClientError as error:
-            if request.share is None and work is not None and "begin anew" not in str(error):
-                _keep_or_remove(work, error)
+            if request.share is None and found.work is not None and "begin anew" not in str(error):
+                _keep_or_remove(found.work, error)
             raise
         size = len(volume), volume.height, volume.width
-        windows = work.run.windows if work else find_windows(volume, request.window)
+        windows = found.work.run.windows if found.work else find_windows(volume, request.window)
     outputs = {kind: str(path) for kind, path in request.targets(source).items()}
-    seconds, recalled = time.perf_counter() - started, len(mine) - len(todo)
-    missing = 0 if published else left
+    counts = len(found.mine), len(found.mine) - len(found.todo)
+    seconds = time.perf_counter() - started
     return Summary(
-        str(source),
-        outputs,
-        *size,
-        windows.value,
-        str(windows),
-        len(mine),
-        recalled,
-        segmenter.resent,
-        seconds,
-        missing,
+        str(source), outputs, *size, windows.value, str(windows), *counts, segmenter.resent, seconds, found.missing
     )
+
+
+@dataclass
+class _Found:
+    """How far this process has come.
+
+    Attributes:
+        work: its hold on the volume, once there is one.
+        mine: its share of the shards.
+        todo: those of them that were not done before.
+        missing: of all shares in the end; 0 once the outputs are published.
+    """
+
+    work: ShardWork | None = None
+    mine: Sequence[int] = ()
+    todo: Sequence[int] = ()
+    missing: int = 0
+
+
+def _work(found: _Found, volume: Volume, segmenter: Segmenter, request: Request, compute: Compute) -> None:
+    work = found.work = ShardWork(volume, segmenter, request)
+    found.mine = (request.share or Share()).of(len(work.shards))
+    found.todo = work.missing(found.mine)
+    disable = True if request.quiet else None
+    with tqdm(total=len(found.mine), unit="shard", desc=volume.path.name, disable=disable) as bar:
+        bar.initial = bar.n = len(found.mine) - len(found.todo)
+        compute(work, found.todo, lambda _: _step(bar))
+    found.missing = 0 if work.finish() else work.left()
 
 
 def _keep_or_remove(work: ShardWork, error: ClientError) -> None:
