@@ -18,6 +18,7 @@ from serve.measure.common import MeasureError, own_or_demo
 from serve.measure.progress import Progress
 from serve.measure.rows import lone_rows
 from serve.measure.sizing.one_server import Beside, beside_table, beside_the_simulation
+from serve.measure.sizing.shards import shard_cost
 from serve.measure.sizing.simulation import Need, ScalingSettings, ServiceTimes, servers_needed, volume_hours
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     times, tile_size = ServiceTimes.from_rows(rows), int(rows[0]["tile_size"])
     best = max(float(row["img_per_s"]) for row in rows)
     hours = volume_hours(best, tile_size, settings.terabytes * 1e12)
+    shards = shard_cost(settings.terabytes * 1e12, settings.shard_mpx, best, tile_size, settings.client_mpx_per_s)
     needs: list[Need] = []
     measured: list[Beside] = []
     steps = len(settings.rates) + len(settings.shares) * bool(settings.url)
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         price = hours * settings.price_per_hour
         said = f", {price:,.0f} at {settings.price_per_hour:g} an hour" if settings.price_per_hour else ""
         say(f"\n{settings.terabytes:g} TB of 8-bit slices: {hours:,.0f} server hours{said}.")
+        say(f"By shards of {settings.shard_mpx:g} million pixels: {shards}.")
         for share in settings.shares if settings.url else ():
             with progress.step(f"one server at {share:.0%} of its capacity"):
                 measured.append(beside_the_simulation(settings, times, tile_size, share * times.capacity))

@@ -45,6 +45,8 @@ class ScalingSettings:
     rates: tuple[float, ...] = setting((10.0, 30.0, 100.0, 300.0, 1000.0), "arrivals per second", kind=float)
     p99_ms: float = setting(1000.0, "99 of 100 answers must come within")
     terabytes: float = setting(1.0, "size of an 8-bit volume to segment at rest")
+    shard_mpx: float = setting(64.0, "million pixels of a shard, as the client's --shard_mpx")
+    client_mpx_per_s: float = setting(40.0, "million pixels that the client handles in a second of CPU time")
     price_per_hour: float = setting(0.0, "of one server, to price the volume; 0 for no price")
     url: str = setting("", "HOST:PORT of that server's gRPC, to measure it too at random arrivals")
     model_name: str = setting("unet", "the served model")
@@ -56,6 +58,8 @@ class ScalingSettings:
     def __post_init__(self) -> None:
         if min((*self.rates, *self.shares)) <= 0 or min(self.p99_ms, self.terabytes, self.requests) <= 0:
             raise MeasureError("--rates, --shares, --requests, --p99_ms and --terabytes must be positive")
+        if min(self.shard_mpx, self.client_mpx_per_s) <= 0:
+            raise MeasureError("--shard_mpx and --client_mpx_per_s must be positive")
 
 
 @dataclass(frozen=True)

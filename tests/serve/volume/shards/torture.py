@@ -44,7 +44,8 @@ class Target:
 class Attack:
     """One volume computed under kills."""
 
-    def __init__(self, source: Path, out: Path, url: str, shards: int, seed: int) -> None:
+    def __init__(self, source: Path, out: Path, url: str, shards: int, seed: int, until: float) -> None:
+        self._until = until
         self.out, self._shards, self._rng = out, shards, random.Random(seed)
         self.line = [
             sys.executable,
@@ -58,6 +59,11 @@ class Attack:
             "1",
         ]
         self.line += ["--shard_mpx", "0.0001", "--output_dir", str(out), "--patience_s", "60"]
+
+    @property
+    def over(self) -> bool:
+        """Whether no more is to be killed."""
+        return self.finished or time.monotonic() > self._until
 
     @property
     def finished(self) -> bool:
@@ -84,7 +90,7 @@ class Attack:
     def tasks(self, kills: int) -> dict[str, int]:
         """Two tasks of ``--shard K/2``."""
         both = [Target(f"task {index}", [*self.line, "--shard", f"{index}/2"]) for index in range(2)]
-        while sum(one.kills for one in both) < kills and not self.finished:
+        while sum(one.kills for one in both) < kills and not self.over:
             self.moment(kills - sum(one.kills for one in both))
             one = self._rng.choice(both)
             one.kill()
@@ -110,7 +116,7 @@ class Attack:
         self._rng.shuffle(wanted)
         kills = dict.fromkeys(("worker", "client", "scheduler"), 0)
         for number, kind in enumerate(wanted):
-            if self.finished:
+            if self.over:
                 break
             self.moment(len(wanted) - number)
             for part in (scheduler, *both, client):  # a scheduler's end ends the others with one sentence
@@ -146,16 +152,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--shards", type=int, default=14_000, help="of each of the two volumes")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing more is killed")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(argv)
     share = chosen.kills / 100
     counts: dict[str, int] = {}
     started = time.monotonic()
+    until = started + 60 * chosen.minutes
     with tempfile.TemporaryDirectory(prefix="unet-torture-") as name, served((204,)) as url:
         source = make_blocks(Path(name) / "v.zarr", (chosen.shards, 20, 20), (1000, 20, 20))
         alone = Path(name) / "alone"
         line = [sys.executable, "serve/client.py", str(source), "--url", url, *KINDS, "--output_dir", str(alone)]
-        one, other = (Attack(source, Path(name) / kind, url, chosen.shards, chosen.seed) for kind in ("tasks", "dask"))
+        one, other = (
+            Attack(source, Path(name) / kind, url, chosen.shards, chosen.seed, until) for kind in ("tasks", "dask")
+        )
         works = [
             threading.Thread(target=lambda: subprocess.run([*line, "--quiet"], check=True)),
             threading.Thread(target=lambda: counts.update(one.tasks(round(TASKS * share)))),
