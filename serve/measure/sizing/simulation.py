@@ -46,7 +46,7 @@ class ScalingSettings:
     p99_ms: float = setting(1000.0, "99 of 100 answers must come within")
     terabytes: float = setting(1.0, "size of an 8-bit volume to segment at rest")
     shard_mpx: float = setting(64.0, "million pixels of a shard, as the client's --shard_mpx")
-    client_mpx_per_s: float = setting(40.0, "million pixels that the client handles in a second of CPU time")
+    client_mpx_per_s: float = setting(34.0, "million pixels that the client handles in a second of CPU time")
     price_per_hour: float = setting(0.0, "of one server, to price the volume; 0 for no price")
     url: str = setting("", "HOST:PORT of that server's gRPC, to measure it too at random arrivals")
     model_name: str = setting("unet", "the served model")

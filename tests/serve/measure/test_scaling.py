@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.measure.common import MeasureError
+from serve.measure.sizing.shards import shard_cost
 from serve.measure.sizing.simulation import ServiceTimes, latency_of, servers_needed, simulate, volume_hours
 from serve.scaling import main
 from serve.server.process import TritonServer
@@ -106,6 +107,13 @@ def test_a_terabyte_by_hand() -> None:
     assert volume_hours(10.0, 572, 388 * 388 * 36_000) == pytest.approx(1.0)
 
 
+def test_shards_by_hand() -> None:
+    cost = shard_cost(388 * 388 * 36_000, 388 * 388 * 36 / 1e6, 10.0, 572, 388 * 388 * 36_000 / 1e6 / 7200)
+    assert (cost.shards, cost.server_hours, cost.client_hours) == (1000, pytest.approx(1.0), pytest.approx(2.0))
+    assert cost.lost_s == pytest.approx(1.8)
+    assert str(cost).startswith("1,000 shards, 1 server hours, 2 CPU hours of the tasks")
+
+
 def test_the_command(project_root: Path, tmp_path: Path) -> None:
     line = [sys.executable, "serve/scaling.py", "--out", str(tmp_path / "scaling.json"), "--rates", "5", "50"]
     row = {"level": "gRPC", "concurrency": 1, "tile_size": 572, "batch_size": 1}
@@ -119,6 +127,7 @@ def test_the_command(project_root: Path, tmp_path: Path) -> None:
         )
         assert done.returncode == code, done.stderr
     assert "|         50 |       3 |" in done.stdout
+    assert "By shards of 64 million pixels: 15,625 shards" in done.stdout
     needs = json.loads((tmp_path / "scaling.json").read_text())["needs"]
     assert needs[0]["servers"] == 1
     assert needs[1]["servers"] >= 3
