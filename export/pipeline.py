@@ -150,7 +150,7 @@ def _export(config: ExportConfig, run: TrainingRun, folder: Path, say: Callable[
     card.model = {
         "parameters": reference.parameters,
         "training": run.settings,
-        "pixel_size_nm": run.pixel_size_nm,
+        **run.for_clients,
         "machine": dataclasses.asdict(machine()),
         "parity_tiles": evidence.tiles.source,
     }

@@ -213,9 +213,11 @@ class _Output:
                 )
                 return
             resent = f", {summary.resent} requests sent again" if summary.resent else ""
+            cut = {"mask", "labels", "overlay"} & set(summary.outputs) and summary.threshold is not None
+            threshold = f", threshold {summary.threshold:g}" if cut else ""
             self._say(
                 f"{', '.join(summary.outputs.values())}: {summary.slices} slices of {summary.height} x {summary.width}"
-                f"{window}{recalled}{resent}, {summary.seconds:.1f} s, {summary.slices_per_s:.2f} slices/s"
+                f"{window}{threshold}{recalled}{resent}, {summary.seconds:.1f} s, {summary.slices_per_s:.2f} slices/s"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from tools import recipe
 from tools.progress import Progress, follow, in_words
 from unet.errors import UnetError, command, say
+from unet.files import read_json
 from unet.processes import MemoryWatch, child, free_ports
 from unet.volume import StackReader, StackWriter
 
@@ -24,16 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
-RANKS = 2
 # Marks a folder as one that the demo made and may clear.
 MARK = ".unet-demo"
 LOGS = "logs"
 LOG_NAME = "log.json"
-
-REAL_DATA = (
-    "The real slices (ISBI 2012, free for non-commercial work) come by `.venv/bin/python train/download_dataset.py "
-    "--data_dir data`; then run `make demo` again."
-)
 
 
 class DemoError(UnetError):
@@ -48,7 +44,7 @@ class Demo:
         flags: of the trainer.
         minutes: training takes no longer.
         durations_s: of the steps done.
-        slowness: how much longer this machine's processor takes than `recipe.USUAL_S` has it.
+        slowness: how much longer the other steps take here than `recipe.USUAL_S` has it.
     """
 
     data_dir: Path
@@ -90,7 +86,9 @@ class Demo:
         if (self.data_dir / "train-volume.tif").exists():
             say(f"training on the slices in {self.data_dir}")
             return
-        say(f"{self.data_dir / 'train-volume.tif'} does not exist: taking a synthetic stack instead. {REAL_DATA}")
+        say(
+            f"{self.data_dir / 'train-volume.tif'} does not exist: taking a synthetic stack instead. {recipe.REAL_DATA}"
+        )
         self.data_dir = self.out / "data"
         self.run("synthetic stack", "python", "-m", "unet.phantom", "--out", self.data_dir, "--size", str(size))
 
@@ -175,7 +173,8 @@ class Demo:
 
     def _announce(self, progress: Progress, step: int, total: int, step_s: float) -> None:
         """Say how long everything will take, now that the machine's speed is known."""
-        self.slowness = max(1.0, step_s / recipe.REFERENCE_STEP_S)
+        # The other steps are convolutions only in part: on machines of both kinds they follow the root.
+        self.slowness = max(1.0, math.sqrt(step_s / recipe.REFERENCE_STEP_S))
         left_s = (total - step) * step_s
         progress.line(
             f"   a step takes {step_s:.2f} s here: {total} steps, {in_words(left_s)} more of training, "
@@ -185,15 +184,14 @@ class Demo:
     def ranks(self) -> None:
         """A few steps of a tiny network on two Horovod ranks, to show that they train together on this machine."""
         words = recipe.trainer_line(self.data_dir, self.out / "two-ranks", recipe.RANK_FLAGS)
-        self.run("two Horovod ranks", "horovodrun", "-np", str(RANKS), "--gloo", *words)
+        self.run("two Horovod ranks", "horovodrun", "-np", str(recipe.RANKS), "--gloo", *words)
 
     def export(self) -> None:
         """SavedModel to ONNX, FP16 and the fastest engine here that keeps the scores, each compared with the last."""
         self.run(
             "export",
             *("python", "export/main.py", "--model_dir", self.results, "--out", self.artefacts),
-            *("--data_dir", self.data_dir),
-            *self.export_flags,
+            *("--data_dir", self.data_dir, *self.export_flags),
         )
 
     def publish(self) -> None:
@@ -225,11 +223,13 @@ class Demo:
             "segment held-out slices",
             *("python", "serve/client.py", images, "--url", url, "--output_dir", self.out, "--overwrite"),
         )
-        self.run("score", "python", "-m", "unet.scores", self.out / "held-out-volume-probability.tif", labels)
+        cut = read_json(self.results / "config.json")["trained"]["threshold"]
+        proposal = self.out / "held-out-volume-probability.tif"
+        self.run("score", "python", "-m", "unet.scores", proposal, labels, "--threshold", f"{cut:g}")
 
     def _extract_held_out(self) -> tuple[Path, Path]:
         """Write the slices that training did not see as a stack of their own, with their labels."""
-        pages = json.loads((self.results / "config.json").read_text(encoding="utf-8"))["held_out"]["train-volume.tif"]
+        pages = read_json(self.results / "config.json")["held_out"]["train-volume.tif"]
         paths = self.out / "held-out-volume.tif", self.out / "held-out-labels.tif"
         for source, target in zip(("train-volume.tif", "train-labels.tif"), paths):
             with StackReader(self.data_dir / source) as reader, StackWriter(target, reader, reader.dtype) as writer:

@@ -26,7 +26,7 @@ from train.run.cluster import Cluster, join_cluster
 from train.run.folder import Run
 from train.run.log import RunLog
 from train.run.room import require_room
-from train.scoring import tally
+from train.scoring import tally, training_threshold
 from train.throughput import measure
 from train.trainer import Trainer, describe_precision, precision_of
 from unet import __version__
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from train.evaluation import Predictor
     from train.input.split import Data
     from train.input.store import Slice
+
+
+# Slices that a run's threshold comes from, by `Run.threshold_from`.
+CHOSEN_ON = {"validation": "the validation slices", "training": "training slices", "default": "no slices"}
 
 
 def run(given: Mapping[str, Any]) -> int:
@@ -117,7 +121,7 @@ def _train(config: TrainConfig, cluster: Cluster, run: Run, log: RunLog) -> int:
                 text = f"stopped after step {result.step}, which is saved: continue with --resume"
                 log.event(result.step, text)
             else:
-                _finish(config, run, log, result.step)
+                _finish(config, run, log, result.step, data)
         return result.stopped_by
 
 
@@ -157,7 +161,7 @@ def _facts(config: TrainConfig, cluster: Cluster, data: Data) -> dict[str, Any]:
     }
 
 
-def _finish(config: TrainConfig, run: Run, log: RunLog, step: int) -> None:
+def _finish(config: TrainConfig, run: Run, log: RunLog, step: int, data: Data) -> None:
     """Write the SavedModel of the best weights, and what they are, into the run's record."""
     model = build_unet(config.base_filters)
     weights, weights_step = run.load_trained(model)
@@ -170,14 +174,15 @@ def _finish(config: TrainConfig, run: Run, log: RunLog, step: int) -> None:
             "steps": step,
             "weights": weights,
             "weights_step": weights_step,
-            "threshold": run.threshold,
-            "threshold_from": "validation" if best else "default",
+            "threshold": run.threshold if best else training_threshold(make_predictor(model), data.training),
+            "threshold_from": "validation" if best else "training",
             "validation_scores": scores,
         }
     )
     log.event(
         "SUMMARY",
-        f"trained {step} steps: {target} has the {weights} weights, of step {weights_step}; threshold {run.threshold}",
+        f"trained {step} steps: {target} has the {weights} weights, of step {weights_step}; threshold {run.threshold}, "
+        f"chosen on {CHOSEN_ON[run.threshold_from]}",
         steps=step,
         weights_step=weights_step,
         threshold=run.threshold,
@@ -214,7 +219,6 @@ def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
     for (height, width), items in by_shape.items():
         scores = tally(predict, items)
         kind = "held-out" if data.held_out else "training"
-        chosen_on = "the validation slices" if run.best().names() else "no slices"
         target = run.folder / "eval" / f"scores-{height}x{width}.json"
         record = {"slices": len(items), "held_out": bool(data.held_out), **scores.as_dict(run.threshold)}
         text = (
@@ -222,7 +226,7 @@ def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
             "{v_info_at_threshold:.4f}, Dice of the membrane {dice:.4f}, pixel error {pixel_error:.4f}; the "
             "challenge's figures, each at the threshold that is best on these very slices: V_rand {best_v_rand:.4f} "
             "(at {best_v_rand_threshold}), V_info {best_v_info:.4f} (at {best_v_info_threshold})"
-        ).format(by=chosen_on, **record)
+        ).format(by=CHOSEN_ON[run.threshold_from], **record)
         log.event("SUMMARY", f"{len(items)} {kind} slices of {height} x {width}, {text}", **record)
         write_json(target, record)
         threshold_curve(scores, run.threshold, target)

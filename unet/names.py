@@ -12,3 +12,5 @@ ONNX_FILE = "model.onnx"
 HALF_FILE = "model.fp16.onnx"
 INT8_FILE = "model.int8.zip"
 PLAN_FILE = "model.plan"
+# Of the probability: a pixel is membrane where it is not above this, unless the training chose another.
+DEFAULT_THRESHOLD = 0.5

@@ -23,6 +23,8 @@ class TrainingRun:
         repeat: the command that repeats the run.
         versions: of the tools that trained.
         pixel_size_nm: depth, height and width of a pixel of each stack, None for what is not known.
+        threshold: of the probability, that the training chose; None if it did not.
+        threshold_from: what chose it: "validation" or "training" slices.
     """
 
     folder: Path
@@ -31,6 +33,14 @@ class TrainingRun:
     repeat: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     pixel_size_nm: dict[str, list[float | None]] = field(default_factory=dict)
+    threshold: float | None = None
+    threshold_from: str = ""
+
+    @property
+    def for_clients(self) -> dict[str, Any]:
+        """What those who segment with the network must know of its training, for the card."""
+        chosen = {} if self.threshold is None else {"threshold": self.threshold, "threshold_from": self.threshold_from}
+        return {"pixel_size_nm": self.pixel_size_nm, **chosen}
 
     @property
     def saved_model(self) -> Path:
@@ -54,6 +64,8 @@ class TrainingRun:
             raise ExportError(f"{path} is not JSON ({error}): take it from the training run again") from error
         if not isinstance(values, dict):
             raise ExportError(f"{path} is not the configuration of a training run: take it from the run again")
+        trained = values.get("trained", {})
+        chosen_on = str(trained.get("threshold_from", "default"))
         return cls(
             folder,
             values.get("settings", {}),
@@ -61,4 +73,5 @@ class TrainingRun:
             str(values.get("repeat", repeat)),
             values.get("versions", {}),
             values.get("pixel_size_nm", {}),
+            *((None, "") if chosen_on == "default" else (float(trained["threshold"]), chosen_on)),
         )

@@ -202,20 +202,30 @@ def model_config(card: Card, settings: ModelSettings) -> Any:
     _set_batching(config.dynamic_batching, settings)
     _add_warmups(config, card, settings)
     parameters = {
-        "tile_sizes": ",".join(str(size) for size in card.tile_sizes),
+        **about_version(card),
         "max_tile_size": str(_max_tile_size(card, settings)),
         "profile": settings.profile,
-        "card_sha256": sha256_of(card.folder / CARD_FILE),
     }
     if not machine.on_gpu:
         parameters["engine"] = f"{card.engine.kind} {card.engine.precision}"
         parameters["threads"] = str(settings.threads)
         parameters["core_shares"] = str(settings.core_shares)
-    if (size := typical_pixel_nm(card.model.get("pixel_size_nm", {}).values())) is not None:
-        parameters["pixel_size_nm"] = f"{size:.6g}"
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     return config
+
+
+def about_version(card: Card) -> dict[str, str]:
+    """What a client must know of the one version that a card belongs to, by the names of the parameters that say it."""
+    known = {
+        "tile_sizes": ",".join(str(size) for size in card.tile_sizes),
+        "card_sha256": sha256_of(card.folder / CARD_FILE),
+    }
+    if (size := typical_pixel_nm(card.model.get("pixel_size_nm", {}).values())) is not None:
+        known["pixel_size_nm"] = f"{size:.6g}"
+    if (threshold := card.model.get("threshold")) is not None:
+        known["threshold"] = f"{threshold:g}"
+    return known
 
 
 def _max_tile_size(card: Card, settings: ModelSettings) -> int:

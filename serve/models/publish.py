@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import unet
 from serve.models.backend import BACKEND_CODE_FILE, ENGINE_FILE, PYTHON_BACKEND, cpu_backend, engine_text
-from serve.models.config import CONFIG_FILE, ModelSettings, RepositoryError, engine_file, model_config
+from serve.models.config import (
+    CONFIG_FILE,
+    ModelSettings,
+    RepositoryError,
+    about_version,
+    engine_file,
+    model_config,
+)
 from unet.card import CARD_FILE, Card, CardError
 from unet.errors import UnetError, warn
-from unet.files import atomic_directory, atomic_file, remove_directory, sha256_of, take_lock
+from unet.files import atomic_directory, atomic_file, remove_directory, take_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,8 +217,8 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
 def _served_config(folder: Path, version: int, keep: int) -> str:
     """A version's configuration, completed for the version before it, which is served on.
 
-    So a client that began with that one finishes with it. The configuration names the card and the tile sizes of each,
-    since Triton gives one for both. A former version that it cannot load is not served.
+    So a client that began with that one finishes with it. The configuration says what a client must know of
+    each, since Triton gives one for both. A former version that it cannot load is not served.
     """
     from google.protobuf import text_format
 
@@ -222,10 +229,8 @@ def _served_config(folder: Path, version: int, keep: int) -> str:
         served.append(others[-1])
     config.version_policy.latest.num_versions = len(served)
     for number in served:
-        card = folder / str(number) / CARD_FILE
-        config.parameters[f"card_sha256_{number}"].string_value = sha256_of(card)
-        sizes = ",".join(str(size) for size in Card.load(card.parent).tile_sizes)
-        config.parameters[f"tile_sizes_{number}"].string_value = sizes
+        for name, value in about_version(Card.load(folder / str(number))).items():
+            config.parameters[f"{name}_{number}"].string_value = value
     return str(text_format.MessageToString(config))
 
 

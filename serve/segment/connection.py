@@ -34,6 +34,7 @@ class Interface:
         version: of the model that answers.
         card_sha256: of the card of its artefacts; empty if its publisher did not say.
         pixel_size_nm: side of a pixel of the slices that it was trained on; None if not known.
+        threshold: of the probability, that its training chose; None if it chose none.
     """
 
     tile_sizes: tuple[int, ...]
@@ -41,10 +42,11 @@ class Interface:
     version: str
     card_sha256: str
     pixel_size_nm: float | None = None
+    threshold: float | None = None
 
     def is_model_of(self, other: Interface) -> bool:
         """Whether two servers, or one at two times, serve the same network under the same version."""
-        mine, others = ((each.version, each.card_sha256, each.tile_sizes) for each in (self, other))
+        mine, others = ((each.version, each.card_sha256, each.tile_sizes, each.threshold) for each in (self, other))
         return mine == others
 
 
@@ -117,13 +119,14 @@ class Connection:
                 f"{self.model_name} on {self.url} names no usable tile size ({listed!r}): publish it again"
             )
         self.model_version = version
-        size = config.parameters["pixel_size_nm"].string_value
+        size, threshold = about_version("pixel_size_nm"), about_version("threshold")
         return Interface(
             sizes,
             max(1, int(config.max_batch_size)),
             version,
             about_version("card_sha256"),
             float(size) if size else None,
+            float(threshold) if threshold else None,
         )
 
     def infer(self, inputs: list[Any], outputs: list[Any]) -> Any:

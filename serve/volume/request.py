@@ -55,7 +55,7 @@ class Request:
     Attributes:
         kinds: of `outputs.KINDS`.
         folder: for what is written; the source's own if None.
-        threshold: of masks, labels and overlays.
+        threshold: of masks, labels and overlays; None takes the one that the network's training chose, or one half.
         label_dtype: "uint16" or "uint32".
         window: intensities that become 0 and 255, or how they are found; see ``unet.intensity.find_windows``.
         picture_slice: the slice that is drawn as a PNG, or None.
@@ -70,7 +70,9 @@ class Request:
 
     kinds: tuple[str, ...] = ("probability",)
     folder: Path | None = None
-    threshold: float = setting(0.5, "of mask, labels and overlay: membrane is not above it")
+    threshold: float | None = setting(
+        None, "of mask, labels and overlay: membrane is not above it; None: what training chose, or 0.5", kind=float
+    )
     label_dtype: str = setting("uint16", "of labels", choices=LABEL_DTYPES)
     window: WindowChoice = None
     picture_slice: int | None = 0
@@ -83,7 +85,7 @@ class Request:
     share: Share | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ClientError(f"--threshold is {self.threshold:g}; it must be from 0 to 1")
         if not self.shard_mpx > 0:
             raise ClientError(f"--shard_mpx is {self.shard_mpx:g}; it must be positive")
@@ -115,6 +117,7 @@ class Summary:
         bands: in all.
         resent: requests that were sent once more.
         missing: shards that other processes have not computed yet; the outputs appear when there are none.
+        threshold: of masks, labels and overlays; None where another process has written them.
     """
 
     input: str
@@ -129,6 +132,7 @@ class Summary:
     resent: int
     seconds: float
     missing: int = 0
+    threshold: float | None = None
 
     @property
     def slices_per_s(self) -> float:

@@ -94,7 +94,8 @@ def segment_volume(
     seconds = time.perf_counter() - started
     units = size[0] * len(run.bands)
     outputs = {kind: str(path) for kind, path in run.targets.items()}
-    return Summary(str(source), outputs, *size, windows.value, str(windows), units, recalled, segmenter.resent, seconds)
+    counts = units, recalled, segmenter.resent
+    return Summary(str(source), outputs, *size, windows.value, str(windows), *counts, seconds, threshold=run.threshold)
 
 
 def _work(run: Run, partial: Partial, segment_bands: SegmentBands) -> int:

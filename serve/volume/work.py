@@ -13,6 +13,7 @@ from tqdm import tqdm
 from serve.segment.bands import Band, Job, bands_of
 from serve.volume.outputs import PICTURE, Output, OutputSettings, note_in_png
 from unet import __version__
+from unet.names import DEFAULT_THRESHOLD
 from unet.volume import BLOCK_PX
 from unet.volume.overlay import SOFTWARE, overlay_png, shrink, shrink_factor
 from unet.volume.scaled import Planes, ScaledRows
@@ -92,8 +93,17 @@ class Run:
         """How outputs are written."""
         served = self.segmenter.interface
         card = f" card {served.card_sha256[:12]}" if served.card_sha256 else ""
-        made = f"{SOFTWARE} {__version__}; model version {served.version}{card}; {self.marks}"
-        return OutputSettings(self.request.kinds, self.request.threshold, self.request.label_dtype, self.windows, made)
+        own = f" threshold {self.threshold:g}" if self.request.threshold is None else ""
+        made = f"{SOFTWARE} {__version__}; model version {served.version}{card}{own}; {self.marks}"
+        return OutputSettings(self.request.kinds, self.threshold, self.request.label_dtype, self.windows, made)
+
+    @property
+    def threshold(self) -> float:
+        """Of masks, labels and overlays: what was asked for, or else what the network's training chose."""
+        for known in (self.request.threshold, self.segmenter.interface.threshold):
+            if known is not None:
+                return known
+        return DEFAULT_THRESHOLD
 
     @property
     def marks(self) -> str:
@@ -108,8 +118,10 @@ class Run:
 
 def marks_of(volume: Volume, windows: Windows, request: Request, *, tta: bool) -> str:
     """What an output's tag says of the input and of the settings."""
+    # Without one of its own the request takes the network's, which stands beside the network's version.
+    threshold = "the network's" if request.threshold is None else f"{request.threshold:g}"
     return (
-        f"intensity window {windows}; threshold {request.threshold:g}; views {8 if tta else 1}; "
+        f"intensity window {windows}; threshold {threshold}; views {8 if tta else 1}; "
         f"{'resampled; ' if request.resample else ''}input {volume.fingerprint()['sha256'][:12]}"
     )
 
@@ -186,5 +198,5 @@ def draw(run: Run, page: int, found: Planes, path: Path) -> None:
         shrunk = shrink(image, probability, factor)
         images.append(shrunk[0])
         probabilities.append(shrunk[1])
-    overlay_png(path, np.concatenate(images), np.concatenate(probabilities), run.request.threshold)
+    overlay_png(path, np.concatenate(images), np.concatenate(probabilities), run.threshold)
     note_in_png(path, run.output_settings.made_by + slice_mark(run.request, PICTURE))

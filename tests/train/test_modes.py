@@ -99,6 +99,7 @@ def test_without_validation_the_last_weights_are_taken_and_the_scores_say_so(
     flags = ("--base_filters=2", "--tile_size=188", "--max_steps=2", "--validation_share=0")
     done = main("--exec_mode=train_and_evaluate", f"--data_dir={phantom_dir}", f"--model_dir={tmp_path}", *flags)
     assert done.returncode == 0, done.stderr
-    assert "has the newest weights, of step 2; threshold 0.5" in done.stdout
-    assert "5 training slices of 96 x 96, at the threshold 0.5 that no slices chose" in done.stdout
+    threshold = json.loads((tmp_path / "config.json").read_text())["trained"]["threshold"]
+    assert f"has the newest weights, of step 2; threshold {threshold}, chosen on training slices" in done.stdout
+    assert f"5 training slices of 96 x 96, at the threshold {threshold} that training slices chose" in done.stdout
     assert json.loads((tmp_path / "eval" / "scores-96x96.json").read_text())["held_out"] is False

@@ -204,7 +204,18 @@ def test_the_command(tmp_path: Path) -> None:
         tifffile.imwrite(tmp_path / name, np.repeat(plane[np.newaxis], 3, 0), photometric="minisblack")
     line = [sys.executable, "-m", "unet.scores", str(tmp_path / "p.tif"), str(tmp_path / "l.tif")]
     done = subprocess.run([*line, "--pages", "1:3"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("2 slices: Dice of the membrane 1.0000, V_rand thin 1.0000 (at 0.3)")
+    assert done.stdout == (
+        "2 slices: at the threshold 0.5: V_rand thin 1.0000, V_info thin 1.0000, Dice of the membrane 1.0000, "
+        "pixel error 0.0000; the challenge's figures, each at the threshold that is best on these very slices: V_rand "
+        "thin 1.0000 (at 0.3), V_info thin 1.0000 (at 0.3)\n"
+    )
+    # Of everything above 0.65 nothing is left; the challenge's figures do not change.
+    done = subprocess.run([*line, "--threshold", "0.75", "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert (found["threshold"], found["pixel_error"]) == (0.75, pytest.approx(TRUTH.mean()))
+    assert found["v_rand_at_threshold"] < 1 == found["best_v_rand"]
+    done = subprocess.run([*line, "--threshold", "7"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: --threshold is 7; it must be from 0 to 1\n")
     done = subprocess.run([*line, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["best_v_info"] == pytest.approx(1)
     done = subprocess.run([*line, "--pages", "1:9"], capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from train.config import FACTS, TrainConfig, config_of, default_of, read_setting
 from train.errors import TrainError
 from train.run.checkpoints import Checkpoints, diverged
 from unet.files import read_json, remove_abandoned, write_json
+from unet.names import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 RECORD = "config.json"
-DEFAULT_THRESHOLD = 0.5
 _LOCK = ".lock"
 LOGGER = logging.getLogger(__name__)
 # Settings that are about one command, and not about the run that it continues or scores.
@@ -55,9 +55,18 @@ class Run:
 
     @property
     def threshold(self) -> float:
-        """The threshold at which the best weights scored best on the validation part, or 0.5 if there are none."""
+        """The threshold at which the weights scored best on the validation part, or else on slices trained on."""
         best = self.best().newest
-        return DEFAULT_THRESHOLD if best is None else float(best[1]["threshold"])
+        if best is not None:
+            return float(best[1]["threshold"])
+        return float(self.record.get("trained", {}).get("threshold", DEFAULT_THRESHOLD))
+
+    @property
+    def threshold_from(self) -> str:
+        """What chose the threshold: "validation", "training", or "default" for one half before a run has ended."""
+        if self.best().names():
+            return "validation"
+        return str(self.record.get("trained", {}).get("threshold_from", "default"))
 
     def checkpoints(self, **objects: Any) -> Checkpoints:
         """The checkpoints that a run resumes from."""

@@ -46,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="compare ids of segments with ids of cells in 3-D; voxels whose true id is --ignore_label (default: 0) "
         "do not count",
     )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="that was chosen before, on other slices, as the trainer's; membrane is not above it (default: 0.5)",
+    )
     add_label_flags(parser)
     parser.add_argument("--pages", default=":", help="slices FIRST:LAST to score, LAST left out (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the slices")
@@ -57,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stack_scores(chosen: argparse.Namespace) -> tuple[range, StackScores]:
+    if not 0 <= chosen.threshold <= 1:
+        raise UnetError(f"--threshold is {chosen.threshold:g}; it must be from 0 to 1")
     labels = read_labels(chosen.labels, label_options(chosen))
     with open_volume(chosen.proposal, PROBABILITY_LIMITS) as reader:
         scale = 1.0 if reader.dtype.kind == "f" else float(np.iinfo(reader.dtype).max)
@@ -64,7 +72,7 @@ def _stack_scores(chosen: argparse.Namespace) -> tuple[range, StackScores]:
     if probability.shape != labels.shape:
         raise UnetError(f"{chosen.proposal} is {probability.shape} but {chosen.labels} is {labels.shape}")
     pages = page_range(chosen.pages, len(labels))
-    return pages, score_stack(probability[pages], labels[pages], jobs=chosen.jobs)
+    return pages, score_stack(probability[pages], labels[pages], jobs=chosen.jobs, threshold=chosen.threshold)
 
 
 def _volume_scores(chosen: argparse.Namespace) -> tuple[range, VolumeScores]:

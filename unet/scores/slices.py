@@ -116,8 +116,9 @@ class StackScores:
         thresholds: where the proposals were cut.
         v_rand: V_rand thin at each threshold, the mean over slices.
         v_info: V_info thin, likewise.
-        dice: Dice coefficient of the membrane in the whole stack, cut at 0.5.
-        pixel_error: share of wrong pixels in the whole stack, cut at 0.5.
+        dice: Dice coefficient of the membrane in the whole stack, cut at `threshold`.
+        pixel_error: share of wrong pixels in the whole stack, cut at `threshold`.
+        threshold: chosen before, on other slices; one of `thresholds`.
     """
 
     thresholds: tuple[float, ...]
@@ -125,6 +126,17 @@ class StackScores:
     v_info: tuple[float, ...]
     dice: float
     pixel_error: float
+    threshold: float = 0.5
+
+    @property
+    def v_rand_at_threshold(self) -> float:
+        """V_rand thin at `threshold`."""
+        return self.v_rand[self.thresholds.index(self.threshold)]
+
+    @property
+    def v_info_at_threshold(self) -> float:
+        """V_info thin at `threshold`."""
+        return self.v_info[self.thresholds.index(self.threshold)]
 
     @property
     def best_v_rand(self) -> float:
@@ -148,15 +160,18 @@ class StackScores:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        names = ("best_v_rand", "best_v_rand_threshold", "best_v_info", "best_v_info_threshold")
+        best = ("best_v_rand", "best_v_rand_threshold", "best_v_info", "best_v_info_threshold")
+        names = ("v_rand_at_threshold", "v_info_at_threshold", *best)
         return {**asdict(self), **{name: getattr(self, name) for name in names}}
 
     def __str__(self) -> str:
         return (
-            f"Dice of the membrane {self.dice:.4f}, "
-            f"V_rand thin {self.best_v_rand:.4f} (at {self.best_v_rand_threshold:.1f}), "
-            f"V_info thin {self.best_v_info:.4f} (at {self.best_v_info_threshold:.1f}), "
-            f"pixel error {self.pixel_error:.4f}"
+            f"at the threshold {self.threshold:g}: V_rand thin {self.v_rand_at_threshold:.4f}, V_info thin "
+            f"{self.v_info_at_threshold:.4f}, Dice of the membrane {self.dice:.4f}, pixel error "
+            f"{self.pixel_error:.4f}; "
+            "the challenge's figures, each at the threshold that is best on these very slices: V_rand thin "
+            f"{self.best_v_rand:.4f} (at {self.best_v_rand_threshold:g}), V_info thin {self.best_v_info:.4f} (at "
+            f"{self.best_v_info_threshold:g})"
         )
 
 
@@ -180,6 +195,7 @@ def score_stack(
     labels: npt.NDArray[Any],
     thresholds: Sequence[float] = THRESHOLDS,
     jobs: int = 1,
+    threshold: float = 0.5,
 ) -> StackScores:
     """Score a stack as the challenge does.
 
@@ -189,6 +205,7 @@ def score_stack(
         thresholds: where proposals are cut.
         jobs: processes that share the slices. They start in a second, as new processes: a fork of a process with
             TensorFlow's threads may hang.
+        threshold: chosen before, on other slices; where proposals are cut for the scores of pixels, too.
 
     Raises:
         UnetError: if the shapes differ, there are no slices, or a value is not a number in [0, 1].
@@ -197,7 +214,7 @@ def score_stack(
         raise UnetError(f"a proposal of {probability.shape} cannot be scored against labels of {labels.shape}")
     if not (np.isfinite(probability).all() and probability.min() >= 0 and probability.max() <= 1):
         raise UnetError("the proposal has values outside 0 to 1: it must be the probability of not being membrane")
-    cuts = tuple(float(threshold) for threshold in thresholds)
+    cuts = tuple(sorted({*map(float, thresholds), float(threshold)}))
     tasks = [(proposal, label, cuts) for proposal, label in zip(probability, labels)]
     if jobs > 1:
         with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
@@ -209,6 +226,7 @@ def score_stack(
         cuts,
         tuple(float(value) for value in means[:, 0]),
         tuple(float(value) for value in means[:, 1]),
-        dice(probability, labels),
-        pixel_error(probability, labels),
+        dice(probability, labels, threshold),
+        pixel_error(probability, labels, threshold),
+        float(threshold),
     )

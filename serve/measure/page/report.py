@@ -17,6 +17,7 @@ from serve.measure.page.truth import LEAST_PX, LEAST_SHARE
 from unet.card import CARD_FILE
 from unet.config import setting
 from unet.files import atomic_file, read_json
+from unet.names import DEFAULT_THRESHOLD
 from unet.volume import read_labels
 from unet.volume.overlay import MEMBRANE_COLOUR, OPACITY
 
@@ -47,11 +48,13 @@ class ReportSettings:
     pages: str = setting(":", "slices FIRST:LAST to show and score, LAST left out")
     benchmark: Path | None = setting(None, "benchmark.json of serve/benchmark.py", kind=Path)
     artefacts: Path | None = setting(None, "folder with the model's card.json", kind=Path)
-    threshold: float = setting(0.5, "of the membrane, to begin with")
+    threshold: float | None = setting(
+        None, "of the membrane, to begin with; None: what the model's training chose, or 0.5", kind=float
+    )
     out: Path = setting(Path("report.html"), "the page")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise MeasureError(f"--threshold is {self.threshold:g}; it must be 0 to 1")
 
     def or_demo(self) -> ReportSettings:
@@ -87,27 +90,30 @@ def make_report(settings: ReportSettings, options: LabelOptions) -> int:
     assert settings.probability is not None
     found = list(slices_of(settings.images, settings.probability, settings.pages))
     slices = [{"page": page, **views} for page, views, _ in found]
-    sections = []
+    sections, card = [], {} if settings.artefacts is None else page_json(settings.artefacts / CARD_FILE)
+    threshold = settings.threshold
+    if threshold is None:
+        threshold = float(card.get("model", {}).get("threshold", DEFAULT_THRESHOLD))
     if settings.labels is not None:
         labels = read_labels(settings.labels, options)
         shown = [page for page, _, _ in found]
         if len(labels) <= shown[-1] or labels.shape[1:] != found[0][2].shape:
             raise MeasureError(f"{settings.labels} is {labels.shape}: it is not of {settings.images}")
-        each, whole = stack_scores(np.stack([probability for _, _, probability in found]), labels[shown])
+        each, whole = stack_scores(np.stack([probability for _, _, probability in found]), labels[shown], threshold)
         for (page, _, probability), view, scores in zip(found, slices, each):
             view.update(truth_of(probability, labels[page]), chart=score_chart(f"slice {page}", scores, whole))
         sections.append(score_section(whole, f"Slices {shown[0]} to {shown[-1]} of {settings.images.name}."))
     if settings.benchmark is not None:
         sections.append(speed_section(settings.benchmark))
-    if settings.artefacts is not None:
-        sections.append(card_section(page_json(settings.artefacts / CARD_FILE)))
-    _write(settings, slices, sections)
+    if card:
+        sections.append(card_section(card))
+    _write(settings, slices, sections, threshold)
     return len(slices)
 
 
-def _write(settings: ReportSettings, slices: list[dict[str, Any]], sections: Sequence[str]) -> None:
+def _write(settings: ReportSettings, slices: list[dict[str, Any]], sections: Sequence[str], threshold: float) -> None:
     assert settings.images is not None
-    facts = {"threshold": settings.threshold, "colour": MEMBRANE_COLOUR, "opacity": OPACITY, "axes": SCORE_AXES}
+    facts = {"threshold": threshold, "colour": MEMBRANE_COLOUR, "opacity": OPACITY, "axes": SCORE_AXES}
     parts = {
         "@TITLE@": html.escape(f"Membranes in {settings.images.name}"),
         "@SECTIONS@": "\n".join(sections),
@@ -125,10 +131,12 @@ def _write(settings: ReportSettings, slices: list[dict[str, Any]], sections: Seq
 def score_section(scores: StackScores, described: str) -> str:
     """Table of a stack's scores, and the place of the chart that follows the slice."""
     rows = {
-        "V_rand after thinning": f"{scores.best_v_rand:.4f} at {scores.best_v_rand_threshold:.1f}",
-        "V_info after thinning": f"{scores.best_v_info:.4f} at {scores.best_v_info_threshold:.1f}",
+        f"V_rand after thinning, at {scores.threshold:g}": f"{scores.v_rand_at_threshold:.4f}",
+        f"V_info after thinning, at {scores.threshold:g}": f"{scores.v_info_at_threshold:.4f}",
         "Dice of the membrane": f"{scores.dice:.4f}",
         "pixel error": f"{scores.pixel_error:.4f}",
+        "V_rand, the best of these slices": f"{scores.best_v_rand:.4f} at {scores.best_v_rand_threshold:g}",
+        "V_info, the best of these slices": f"{scores.best_v_info:.4f} at {scores.best_v_info_threshold:g}",
     }
     chart = '<div class="chart"><img id="scores" alt="scores over the threshold"><div id="cursor"></div></div>'
     rule = (

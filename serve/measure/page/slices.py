@@ -85,17 +85,21 @@ def truth_of(probability: npt.NDArray[Any], labels: npt.NDArray[np.uint8]) -> di
     }
 
 
-def stack_scores(probability: npt.NDArray[Any], labels: npt.NDArray[np.uint8]) -> tuple[list[StackScores], StackScores]:
+def stack_scores(
+    probability: npt.NDArray[Any], labels: npt.NDArray[np.uint8], threshold: float
+) -> tuple[list[StackScores], StackScores]:
     """The scores of each slice, and of the stack, which are their means.
 
     Args:
         probability: of "not membrane", [N, H, W].
         labels: of the same shape.
+        threshold: chosen before, on other slices.
     """
-    each = [score_stack(one[np.newaxis], label[np.newaxis], THRESHOLDS) for one, label in zip(probability, labels)]
+    pairs = zip(probability, labels)
+    each = [score_stack(one[np.newaxis], label[np.newaxis], THRESHOLDS, threshold=threshold) for one, label in pairs]
     means = {
         name: tuple(float(value) for value in np.mean([getattr(one, name) for one in each], axis=0))
         for name in ("v_rand", "v_info")
     }
-    errors = dice(probability, labels), pixel_error(probability, labels)
-    return each, StackScores(each[0].thresholds, means["v_rand"], means["v_info"], *errors)
+    errors = dice(probability, labels, threshold), pixel_error(probability, labels, threshold)
+    return each, StackScores(each[0].thresholds, means["v_rand"], means["v_info"], *errors, threshold)

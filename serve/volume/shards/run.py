@@ -72,11 +72,9 @@ def segment_shards(segmenter: Segmenter, source: Path, request: Request, compute
         size = len(volume), volume.height, volume.width
         windows = found.work.run.windows if found.work else find_windows(volume, request.window)
     outputs = {kind: str(path) for kind, path in request.targets(source).items()}
-    counts = len(found.mine), len(found.mine) - len(found.todo)
-    seconds = time.perf_counter() - started
-    return Summary(
-        str(source), outputs, *size, windows.value, str(windows), *counts, segmenter.resent, seconds, found.missing
-    )
+    counts = len(found.mine), len(found.mine) - len(found.todo), segmenter.resent
+    rest = time.perf_counter() - started, found.missing, found.work.run.threshold if found.work else None
+    return Summary(str(source), outputs, *size, windows.value, str(windows), *counts, *rest)
 
 
 @dataclass

@@ -71,6 +71,7 @@ def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Pat
         "card_sha256": sha256_of(tiny_artefacts / "card.json"),
         "card_sha256_1": sha256_of(tiny_artefacts / "card.json"),
         "tile_sizes_1": "204,252",
+        "pixel_size_nm_1": "4",
     }
     assert [list(warmup.inputs["image"].dims) for warmup in config.model_warmup] == [[1, 204, 204], [1, 252, 252]]
 
