@@ -13,8 +13,9 @@ TORCH := torch==2.13.0
 EXTRAS := train,export,serve,zarr,n5,http,s3,gs,hdf5,mrc,dask,int8,docs,dev
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton
 LOGS := .cache/install
-# Much of the tests' time is waiting for servers. The tests of one file share their servers and networks.
-PARALLEL := -n 2 --dist loadfile
+# Much of the tests' time is waiting for servers. The tests of one file share their servers and networks. In the order of
+# `testpaths` the longest files begin first, so that no worker is left alone with one.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # TensorFlow 2.15 and Triton's wheel need Python 3.11; it can be named with PYTHON=.
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -23,7 +24,10 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 # For what needs no package: the environment where there is one, else any Python.
 ANY_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON),python3)
 # constraints.lock is constraints.txt with hashes, which uv checks; plain pip would want them of the project itself too.
-INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.lock
+# Where Python may write no bytecode (a common setting in containers), each start of TensorFlow would compile it all anew,
+# which takes twice as long as the rest of the start: so it is compiled once.
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.lock \
+	$(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 
 .PHONY: help
 help:

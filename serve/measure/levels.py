@@ -245,7 +245,7 @@ class PerfAnalyzerLevel:
                 load.batch_size,
                 load.tile_size,
                 concurrency=load.concurrency,
-                requests=max(_LEAST_REQUESTS, load.concurrency, round(wanted)),
+                requests=max(1, load.concurrency, round(wanted)),
                 memory=self._memory,
                 timeout_s=self._timeout_s,
             )

@@ -25,6 +25,7 @@ _UNSTABLE = 2
 # Three windows in a row must agree within this. If they do not, a second run is less strict, and says so.
 STABLE_PERCENT = 10.0
 _LOOSE_PERCENT = 1000.0
+_LEAST_WINDOWS = 3
 _MOST_WINDOWS = 6
 _LOAD = "Concurrency"
 _SHARED_MEMORY = "/dev/shm/"
@@ -103,7 +104,7 @@ class PerfAnalyzer:
         """Measure one batch size.
 
         Three of its windows in a row must agree within 10 %; where they do not, it measures once more with less demand,
-        and the row says that it is not stable.
+        and the row says that it is not stable. Of windows with a single, slow request there are three and no more.
 
         Args:
             url: host and port of the server's gRPC.
@@ -123,7 +124,7 @@ class PerfAnalyzer:
         words = [str(self._program), "-m", model_name, "-u", url, "-i", "grpc", "-b", str(batch_size)]
         words += ["--shape", f"image:1,{tile_size},{tile_size}", "--input-data", "random"]
         words += ["--measurement-mode", "count_windows", "--measurement-request-count", str(requests)]
-        words += ["--max-trials", str(_MOST_WINDOWS), "-f", str(report)]
+        words += ["--max-trials", str(_LEAST_WINDOWS if requests == 1 else _MOST_WINDOWS), "-f", str(report)]
         words += _load_words(concurrency, rate) + _memory_words(memory, batch_size, tile_size)
         self._reports.mkdir(parents=True, exist_ok=True)
         for percent in (STABLE_PERCENT, _LOOSE_PERCENT):
