@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from unet.volume import Volume, open_volume
 if TYPE_CHECKING:
     from serve.segment.segmenter import Segmenter
     from serve.volume.work import SegmentBands
+    from unet.intensity import Windows
 
 
 def check_volume(volume: Volume, request: Request) -> None:
@@ -42,13 +44,25 @@ def check_volume(volume: Volume, request: Request) -> None:
             raise ClientError(f"{path} exists already: add --overwrite to replace it, or choose another --output_dir")
 
 
+def windows_of(volume: Volume, request: Request) -> Windows:
+    """How a volume's intensities become 8 bits.
+
+    What tells it from another is found meanwhile: what both need comes from the disk once.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        fingerprint = pool.submit(volume.fingerprint)
+        windows = find_windows(volume, request.window)
+        fingerprint.result()
+    return windows
+
+
 def is_done(volume: Volume, request: Request, *, tta: bool) -> bool:
     """Whether a former run has written all that is wanted, of this input by these settings."""
     targets = request.targets(volume.path)
     unfinished = (request.partial_folder(volume.path) / JOURNAL).exists() or request.shards_folder(volume.path).exists()
     if unfinished or not all(path.exists() for path in targets.values()):
         return False
-    marks = marks_of(volume, find_windows(volume, request.window), request, tta=tta)
+    marks = marks_of(volume, windows_of(volume, request), request, tta=tta)
     return all(made_by(path).endswith(marks + slice_mark(request, kind)) for kind, path in targets.items())
 
 
@@ -72,7 +86,7 @@ def segment_volume(
     started = time.perf_counter()
     with open_volume(source) as volume:
         check_volume(volume, request)
-        windows = find_windows(volume, request.window)
+        windows = windows_of(volume, request)
         for note in windows.notes:
             warn(note)
         seen = as_seen(segmenter, volume, resample=request.resample)

@@ -54,7 +54,7 @@ class Volume(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What tells whether the volume is still the same, for JSON."""
+        """What tells whether the volume is still the same, for JSON. It may be found beside the reading of pixels."""
 
     @abstractmethod
     def changed(self) -> bool:
@@ -100,6 +100,7 @@ class FileIdentity:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._first = self._look()
+        self._fingerprint: dict[str, Any] = {}
 
     def _look(self) -> tuple[int, int, int, int] | None:
         try:
@@ -109,8 +110,10 @@ class FileIdentity:
         return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
     def fingerprint(self) -> dict[str, Any]:
-        """The size in bytes and the SHA-256 in hexadecimal."""
-        return {"bytes": self._path.stat().st_size, "sha256": sha256_of(self._path)}
+        """The size in bytes and the SHA-256 in hexadecimal, found once."""
+        if not self._fingerprint:
+            self._fingerprint = {"bytes": self._path.stat().st_size, "sha256": sha256_of(self._path)}
+        return self._fingerprint
 
     def changed(self) -> bool:
         """Whether it was written to, or another one has its name now; one that was moved away has not changed."""

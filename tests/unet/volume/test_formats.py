@@ -216,7 +216,7 @@ def test_cremi_is_a_pair_of_its_own(tmp_path: Path) -> None:
 def test_a_change_is_noticed(name: str, tmp_path: Path) -> None:
     path = FORMATS[name](tmp_path, STACK)
     with open_volume(path) as volume:
-        volume.fingerprint()
+        before = volume.fingerprint()
         if name in ("ngff_04", "ngff_05_sharded", "plain_zarr", "n5"):
             inside = tmp_path / ("v.n5/raw/s0" if name == "n5" else "v.zarr")
             files = [file for file in inside.rglob("*") if file.is_file()]
@@ -229,6 +229,8 @@ def test_a_change_is_noticed(name: str, tmp_path: Path) -> None:
         chunk.unlink()
         chunk.write_bytes(content + b"\0")
         assert volume.changed()
+        # It is of what was opened, and read once: a large file takes a while.
+        assert volume.fingerprint() == before
 
 
 MAKERS_OF_FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {}

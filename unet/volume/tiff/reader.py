@@ -50,6 +50,7 @@ class StackReader(Volume):
         self.path, self._limits = Path(path), limits
         self._file = open_tiff(self.path)
         self._opened = os.fstat(self._file.filehandle.fileno())
+        self._fingerprint: dict[str, Any] = {}
         self._decoded: tuple[int, AnyArray] | None = None
         try:
             self._check(limits)
@@ -178,12 +179,15 @@ class StackReader(Volume):
         return found
 
     def fingerprint(self) -> dict[str, Any]:
-        """The size in bytes, and the SHA-256 in hexadecimal, of the file that was opened."""
+        """The size in bytes, and the SHA-256 in hexadecimal, of the file that was opened; found once."""
+        if self._fingerprint:
+            return self._fingerprint
         digest, size, descriptor = hashlib.sha256(), 0, self._file.filehandle.fileno()
         while block := os.pread(descriptor, 2**20, size):
             digest.update(block)
             size += len(block)
-        return {"bytes": size, "sha256": digest.hexdigest()}
+        self._fingerprint = {"bytes": size, "sha256": digest.hexdigest()}
+        return self._fingerprint
 
     def changed(self) -> bool:
         """Whether the file was written to since it was opened, or another one has its name now.
