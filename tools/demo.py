@@ -191,7 +191,8 @@ class Demo:
         self.run(
             "export",
             *("python", "export/main.py", "--model_dir", self.results, "--out", self.artefacts),
-            *("--data_dir", self.data_dir, *self.export_flags),
+            *("--data_dir", self.data_dir),
+            *self.export_flags,
         )
 
     def publish(self) -> None:
@@ -223,9 +224,8 @@ class Demo:
             "segment held-out slices",
             *("python", "serve/client.py", images, "--url", url, "--output_dir", self.out, "--overwrite"),
         )
-        cut = read_json(self.results / "config.json")["trained"]["threshold"]
-        proposal = self.out / "held-out-volume-probability.tif"
-        self.run("score", "python", "-m", "unet.scores", proposal, labels, "--threshold", f"{cut:g}")
+        cut, found = read_json(self.results / "config.json")["trained"]["threshold"], "held-out-volume-probability.tif"
+        self.run("score", "python", "-m", "unet.scores", self.out / found, labels, "--threshold", f"{cut:g}")
 
     def _extract_held_out(self) -> tuple[Path, Path]:
         """Write the slices that training did not see as a stack of their own, with their labels."""

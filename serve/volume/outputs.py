@@ -16,6 +16,7 @@ import tifffile
 from PIL import Image
 
 from serve.segment.errors import ClientError
+from serve.volume.cells import find_cells, label, pages_above
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
 from unet.volume.ngff.reader import load_zarr
 from unet.volume.opening import beside
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from serve.segment.bands import Band
+    from serve.volume.cells import Show
     from unet.intensity import Windows
     from unet.volume.scaled import Planes
 
-KINDS = ("probability", "mask", "labels", "overlay")
+KINDS = ("probability", "mask", "labels", "labels3d", "overlay")
 LABEL_DTYPES = ("uint16", "uint32")
 # Beside these: one slice drawn as a PNG.
 PICTURE = "picture"
@@ -48,6 +50,8 @@ class OutputSettings:
         label_dtype: of the labels, "uint16" or "uint32".
         windows: how intensities become 8 bits.
         made_by: how the files were made, for their tags; ASCII.
+        link: share of what two segments cover together that both must cover to be one cell of "labels3d".
+        min_voxels: of such a cell.
     """
 
     kinds: tuple[str, ...]
@@ -55,10 +59,19 @@ class OutputSettings:
     label_dtype: str
     windows: Windows
     made_by: str
+    link: float = 0.0
+    min_voxels: int = 1
 
-    def dtype_of(self, kind: str) -> np.dtype[Any]:
+    def made_by_for(self, kind: str) -> str:
+        """How the file of one kind was made."""
+        return self.made_by + (cells_mark(self.link, self.min_voxels) if kind == "labels3d" else "")
+
+    def dtype_of(self, kind: str, target: Path) -> np.dtype[Any]:
         """The pixel format of one kind."""
-        return np.dtype({"probability": "float32", "labels": self.label_dtype}.get(kind, "uint8"))
+        # OME has no 64-bit integers.
+        cells = "uint64" if target.suffix == ".zarr" else "uint32"
+        names = {"probability": "float32", "labels": self.label_dtype, "labels3d": cells}
+        return np.dtype(names.get(kind, "uint8"))
 
 
 def target_of(source: Path, kind: str, folder: Path | None) -> Path:
@@ -81,6 +94,16 @@ def stem_of(source: Path) -> tuple[str, str]:
         if name.lower().endswith(ending):
             return name[: -len(ending)], suffix
     return Path(name).stem, ".tif"
+
+
+def table_of(target: Path) -> Path:
+    """The table that lies beside cells in 3-D."""
+    return target.with_name(f"{target.name.removesuffix('.zarr').removesuffix('.tif').removesuffix('.ome')}.csv")
+
+
+def cells_mark(link: float, min_voxels: int) -> str:
+    """What the tag of cells in 3-D says beside the rest."""
+    return f"; link {link:g}, at least {min_voxels} voxels"
 
 
 def made_by(path: Path) -> str:
@@ -132,18 +155,18 @@ class Output:
         """
         self.kind, self.target, self._volume, self._bands, self._settings = kind, target, volume, bands, settings
         self._aside = aside / f"{kind}{''.join(target.suffixes[-1:])}"
-        dtype = settings.dtype_of(kind)
+        dtype = settings.dtype_of(kind, target)
         self._canvas: StackCanvas | ZarrCanvas
         if target.suffix == ".zarr":
             assert isinstance(volume, ZarrStack)
-            notes = {"kind": kind, "made_by": settings.made_by}
+            notes = {"kind": kind, "made_by": settings.made_by_for(kind)}
             rows = bands[0].row1 - bands[0].row0
             self._canvas = ZarrCanvas(self._aside, volume, dtype, chunk_rows=rows, notes=notes, keep=keep)
         else:
             shape = (len(volume), volume.height, volume.width)
             samples = 3 if kind == "overlay" else 1
             self._canvas = StackCanvas(
-                self._aside, volume.metadata, shape, dtype, samples=samples, software=settings.made_by
+                self._aside, volume.metadata, shape, dtype, samples=samples, software=settings.made_by_for(kind)
             )
 
     def write(self, page: int, row0: int, probability: npt.NDArray[Any]) -> None:
@@ -169,8 +192,35 @@ class Output:
                 self._canvas.write(page, 0, self._numbered(page, *label(mask)))
             else:
                 self._label_by_bands(page, store)
-        if isinstance(self._canvas, ZarrCanvas):
+        if isinstance(self._canvas, ZarrCanvas) and self.kind != "labels3d":
             self._canvas.finish_page(page)
+
+    def finish(self, store: Planes, show: Show) -> int:
+        """Write what needs the whole volume, whose bands are all in the store: cells in 3-D, and the table of them.
+
+        Returns:
+            How many cells there are; 0 for another kind.
+
+        Raises:
+            ClientError: its axes have no depth, or it has more cells than the pixels can number.
+        """
+        if self.kind != "labels3d":
+            return 0
+
+        def mask(page: int) -> npt.NDArray[np.bool_]:
+            return np.concatenate([self._mask(store, page, band) for band in self._bands])
+
+        pages, settings = len(self._volume), self._settings
+        above = pages_above(self._volume.metadata, pages)
+        cells = find_cells(mask, above, settings.link, settings.min_voxels, show)
+        if len(cells.voxels) > np.iinfo(self._canvas.dtype).max:
+            raise ClientError(f"{self._volume.path} has more cells than {self._canvas.dtype} can number: use OME-Zarr")
+        for page in show(range(pages), "numbers"):
+            self._canvas.write(page, 0, cells.ids(page, mask(page)))
+            if isinstance(self._canvas, ZarrCanvas):
+                self._canvas.finish_page(page)
+        cells.write_table(table_of(self._aside), self._volume.metadata.pixel_size_nm)
+        return len(cells.voxels)
 
     def _mask(self, store: Planes, page: int, band: Band) -> npt.NDArray[np.bool_]:
         return np.asarray(store.read(page, band.row0, band.row1).astype(np.float32) > self._settings.threshold)
@@ -237,6 +287,8 @@ class Output:
             os.replace(self.target, former)
         elif self._aside.is_dir() and self.target.exists():
             self.target.unlink()
+        if self.kind == "labels3d":
+            os.replace(table_of(self._aside), table_of(self.target))
         os.replace(self._aside, self.target)
 
 
@@ -246,11 +298,3 @@ def to_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         return values
     # No index is beyond the table: wrapping only spares the check.
     return _FLOAT32_OF_FLOAT16.take(values.view(np.uint16), mode="wrap")
-
-
-def label(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[Any], int]:
-    """Number the 4-connected segments of a mask [H, W] from 1 on, as the scores do; and how many there are."""
-    import scipy.ndimage
-
-    labels, count = scipy.ndimage.label(mask)
-    return np.asarray(labels), int(count)

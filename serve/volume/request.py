@@ -57,6 +57,9 @@ class Request:
         folder: for what is written; the source's own if None.
         threshold: of masks, labels and overlays; None takes the one that the network's training chose, or one half.
         label_dtype: "uint16" or "uint32".
+        link: share of what two segments of neighbouring slices cover together that both must cover to be one cell of
+            "labels3d" (intersection over union); 0 for any pixel, which gives the 6-connected components.
+        min_voxels: of such a cell; smaller ones are left out.
         window: intensities that become 0 and 255, or how they are found; see ``unet.intensity.find_windows``.
         picture_slice: the slice that is drawn as a PNG, or None.
         resample: scale slices to the network's pixel size, and what is found of them back.
@@ -74,6 +77,8 @@ class Request:
         None, "of mask, labels and overlay: membrane is not above it; None: what training chose, or 0.5", kind=float
     )
     label_dtype: str = setting("uint16", "of labels", choices=LABEL_DTYPES)
+    link: float = setting(0.0, "intersection over union that makes segments of neighbouring slices one cell")
+    min_voxels: int = setting(1, "of a cell of labels3d; smaller ones are left out")
     window: WindowChoice = None
     picture_slice: int | None = 0
     resample: bool = setting(False, "scale slices to the network's pixel size, and the results back")
@@ -87,6 +92,10 @@ class Request:
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ClientError(f"--threshold is {self.threshold:g}; it must be from 0 to 1")
+        if not 0 <= self.link <= 1 or self.min_voxels < 1:
+            raise ClientError(
+                f"--link {self.link:g} must be from 0 to 1, and --min_voxels {self.min_voxels} must be at least 1"
+            )
         if not self.shard_mpx > 0:
             raise ClientError(f"--shard_mpx is {self.shard_mpx:g}; it must be positive")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unet.volume import Volume
 
 _LABEL_BYTES = {"uint16": 2, "uint32": 4}
-_BYTES = {"probability": 4, "mask": 1, "overlay": 3}
+_BYTES = {"probability": 4, "mask": 1, "labels3d": 4, "overlay": 3}
 
 
 def require_space(wanted: Iterable[tuple[Volume, Request]], *, tta: bool) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from serve.segment.bands import Band, Job, bands_of
-from serve.volume.outputs import PICTURE, Output, OutputSettings, note_in_png
+from serve.volume.outputs import PICTURE, Output, OutputSettings, cells_mark, note_in_png
 from unet import __version__
 from unet.names import DEFAULT_THRESHOLD
 from unet.volume import BLOCK_PX
@@ -95,7 +95,9 @@ class Run:
         card = f" card {served.card_sha256[:12]}" if served.card_sha256 else ""
         own = f" threshold {self.threshold:g}" if self.request.threshold is None else ""
         made = f"{SOFTWARE} {__version__}; model version {served.version}{card}{own}; {self.marks}"
-        return OutputSettings(self.request.kinds, self.threshold, self.request.label_dtype, self.windows, made)
+        request = self.request
+        how = request.kinds, self.threshold, request.label_dtype, self.windows, made
+        return OutputSettings(*how, request.link, request.min_voxels)
 
     @property
     def threshold(self) -> float:
@@ -128,6 +130,8 @@ def marks_of(volume: Volume, windows: Windows, request: Request, *, tta: bool) -
 
 def slice_mark(request: Request, kind: str) -> str:
     """What the tag of one kind says beside that."""
+    if kind == "labels3d":
+        return cells_mark(request.link, request.min_voxels)
     return f"; slice {request.picture_slice}" if kind == PICTURE else ""
 
 
@@ -136,10 +140,10 @@ class _Delivery:
 
     def __init__(self, run: Run, store: RawStore, outputs: list[Output], aside: Path, bar: Any) -> None:
         self._run, self._outputs, self._aside, self._bar = run, outputs, aside, bar
-        self._found: Planes = store
+        self.found: Planes = store
         if run.is_scaled:
             seen, size = (run.seen.height, run.seen.width), (run.volume.height, run.volume.width)
-            self._found = ScaledRows(store, seen, size)
+            self.found = ScaledRows(store, seen, size)
         self._left = dict.fromkeys(range(len(run.volume)), len(run.bands))
 
     def __call__(self, page: int, band: Band, rows: npt.NDArray[Any]) -> None:
@@ -149,12 +153,12 @@ class _Delivery:
         self._left[page] -= 1
         if self._left[page] == 0:
             for part in run.written if run.is_scaled else ():
-                self._write(page, part.row0, self._found.read(page, part.row0, part.row1))
+                self._write(page, part.row0, self.found.read(page, part.row0, part.row1))
             for output in self._outputs:
-                output.finish_page(page, self._found)
+                output.finish_page(page, self.found)
             # Now rather than at the end: the server is at work on others.
             if page == run.request.picture_slice:
-                draw(run, page, self._found, self._aside / PICTURE_FILE)
+                draw(run, page, self.found, self._aside / PICTURE_FILE)
         self._bar.update()
 
     def _write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
@@ -182,6 +186,8 @@ def produce(run: Run, partial: Partial, store: RawStore, outputs: list[Output], 
         for job, rows in segment_bands(run.job(page, band) for page, band in missing):
             partial.keep(store, job.page, job.band.row0, rows)
             deliver(job.page, job.band, rows)
+    for output in outputs:
+        output.finish(deliver.found, lambda pages, what: tqdm(pages, what, unit="slice", disable=disable))
     return len(units) - len(missing)
 
 

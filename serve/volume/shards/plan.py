@@ -66,6 +66,8 @@ def can_be_sharded(request: Request, source: Path) -> bool:
     """Whether all that is wanted of a source can be written by several processes."""
     targets = request.targets(source)
     drawn = targets.pop(PICTURE, None)
+    if "labels3d" in targets:
+        return False
     return all(path.suffix == ".zarr" for path in targets.values()) and (not drawn or "probability" in targets)
 
 
@@ -77,6 +79,11 @@ def require_shards(request: Request, source: Path) -> None:
     """
     if can_be_sharded(request, source):
         return
+    if "labels3d" in request.kinds:
+        raise ClientError(
+            "--shard writes no labels3d, which needs the whole volume: take the probability, and make them of it with "
+            "`python -m serve.volume.number_cells NAME-probability.zarr` when all shards are done"
+        )
     if "overlay" in request.kinds:
         raise ClientError("--shard writes no overlay, which is one TIFF file: leave --output overlay out")
     raise ClientError(
