@@ -1,4 +1,4 @@
-"""Cells in 3-D of a probability that is there already: ``python -m serve.volume.number_cells NAME-probability.zarr``."""
+"""Cells in 3-D of a probability that is there: ``python -m serve.volume.number_cells NAME-probability.zarr``."""
 
 from __future__ import annotations
 

@@ -83,6 +83,25 @@ def test_another_report_is_a_sentence(tmp_path: Path, text: str) -> None:
         read_report(path)
 
 
+# As perf_analyzer of tritonclient 2.50 says it with -v: three windows of one request of 8 images, which takes 2.2 s.
+WINDOWS = """
+  Pass [1] throughput: 2.66595 infer/sec. Avg latency: 2164403 usec (std 18446744073709551615 usec). 
+  Pass [2] throughput: 3.99801 infer/sec. Avg latency: 2156676 usec (std 18446744073709551615 usec). 
+  Pass [3] throughput: 3.99357 infer/sec. Avg latency: {last} usec (std 18446744073709551615 usec). 
+"""  # noqa: W291
+
+
+def test_the_rate_of_slow_requests_is_that_of_their_latencies() -> None:
+    row = perf_analyzer.PerfRow(dict.fromkeys(COLUMNS, 3.55))
+    steady = perf_analyzer._closed_loop(row, WINDOWS.format(last=2168414), 8)
+    assert steady.stable
+    assert steady.img_per_s == pytest.approx(8 / 2.163164, rel=1e-6)
+    assert steady.columns["p50 latency"] == 3.55
+    assert not perf_analyzer._closed_loop(row, WINDOWS.format(last=2968414), 8).stable
+    with pytest.raises(MeasureError, match="does not tell the latencies of its windows"):
+        perf_analyzer._closed_loop(row, "", 8)
+
+
 def test_requests_at_a_time_are_measured(triton_server: TritonServer, tmp_path: Path) -> None:
     row = PerfAnalyzer(tmp_path).measure(
         triton_server.settings.grpc_url, "unet", 2, 252, requests=20, memory="system", concurrency=3
