@@ -145,7 +145,7 @@ def _export(config: ExportConfig, run: TrainingRun, folder: Path, say: Callable[
     card.tile_sizes = config.tile_sizes
     saved_model = Path(shutil.copytree(run.saved_model, folder / SAVED_MODEL))
     card.record(SAVED_MODEL, saved_model, None, run.repeat, versions=run.versions, held_out=run.held_out)
-    source = Source.of(config.data_dir, run.held_out, run.settings)
+    source = Source.of(config.data_dir, run.held_out, run.settings, run.threshold)
     evidence, reference = _gather_evidence(source, config.tile_sizes, folder, say)
     card.model = {
         "parameters": reference.parameters,

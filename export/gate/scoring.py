@@ -15,6 +15,7 @@ from export.errors import ParityError
 from unet.files import atomic_file
 from unet.geometry import TilePlan, cheapest_tile_size, plan_tiles, predict_tiled
 from unet.intensity import find_windows
+from unet.names import DEFAULT_THRESHOLD
 from unet.scores import StackScores, score_stack
 from unet.volume import labels_of, open_volume, read_labels
 
@@ -41,6 +42,9 @@ class Change:
         v_info: V_info thin, likewise.
         ratio: the smaller of both scores' ratios to those of ``against``.
         least: the smallest ratio that is accepted.
+        threshold: that training chose, which clients cut at.
+        at_threshold: the smaller of both scores' ratios there. It is shown and decides nothing: where cells are about
+            to merge, a single pixel moves it more than the network's quality does.
     """
 
     step: str
@@ -49,6 +53,8 @@ class Change:
     v_info: float
     ratio: float
     least: float
+    threshold: float
+    at_threshold: float
 
     def check(self) -> Change:
         """Itself, where accepted.
@@ -70,7 +76,8 @@ class Change:
     def __str__(self) -> str:
         return (
             f"{self.step} on the held-out slices: V_rand thin {self.v_rand:.4f}, V_info thin {self.v_info:.4f}, "
-            f"{self.ratio:.4f} of those of {self.against} (accepted: {self.least:g})"
+            f"{self.ratio:.4f} of those of {self.against} (accepted: {self.least:g}); at the threshold "
+            f"{self.threshold:g} {self.at_threshold:.4f}"
         )
 
 
@@ -82,11 +89,13 @@ class ScoredSlices:
         images: uint8 [n, H, W].
         labels: uint8 [n, H, W], 0 membrane, 1 not, 255 not annotated.
         tile_size: that the slices are cut into.
+        threshold: that clients cut at.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.uint8]
     tile_size: int
+    threshold: float = DEFAULT_THRESHOLD
 
     @property
     def plan(self) -> TilePlan:
@@ -140,13 +149,18 @@ class Judge:
     @classmethod
     def of(cls, slices: ScoredSlices, expected: NDArray[np.float32], against: str) -> Judge:
         """With the artefact's scores."""
-        return cls(slices, expected, score_stack(expected, slices.labels), against)
+        return cls(slices, expected, score_stack(expected, slices.labels, threshold=slices.threshold), against)
 
     def judge(self, step: str, infer: Callable[[NDArray[np.uint8]], NDArray[np.float16]], least: float) -> Change:
         """Score a step; not yet checked."""
-        after = score_stack(self.slices.predict(infer), self.slices.labels)
-        ratios = (after.best_v_rand / self.before.best_v_rand, after.best_v_info / (self.before.best_v_info or 1.0))
-        return Change(step, self.against, after.best_v_rand, after.best_v_info, min(ratios), least)
+        threshold = self.slices.threshold
+        after = score_stack(self.slices.predict(infer), self.slices.labels, threshold=threshold)
+
+        def kept(*names: str) -> float:
+            return min(float(getattr(after, name) / (getattr(self.before, name) or 1.0)) for name in names)
+
+        ratio, there = kept("best_v_rand", "best_v_info"), kept("v_rand_at_threshold", "v_info_at_threshold")
+        return Change(step, self.against, after.best_v_rand, after.best_v_info, ratio, least, threshold, there)
 
     def worst_slice_png(self, path: Path, infer: Callable[[NDArray[np.uint8]], NDArray[np.float16]]) -> float:
         """Write the slice where an engine differs most: image, what is due, engine, and ten times their difference.
@@ -194,5 +208,5 @@ def gather_scored(source: Source, tile_sizes: Sequence[int]) -> ScoredSlices | N
             images = [windows.apply(page, reader[page]) for page in chosen]
         if images:
             size = cheapest_tile_size(images[0].shape[0], images[0].shape[1], tuple(tile_sizes))
-            return ScoredSlices(np.stack(images), labels[chosen], size)
+            return ScoredSlices(np.stack(images), labels[chosen], size, source.threshold)
     return None

@@ -12,6 +12,7 @@ import numpy as np
 from export.errors import ExportError
 from unet.geometry import plan_tiles
 from unet.intensity import WindowChoice, find_windows, parse_window
+from unet.names import DEFAULT_THRESHOLD
 from unet.volume import MASKS, LabelOptions, open_volume, stacks_in
 
 if TYPE_CHECKING:
@@ -32,24 +33,34 @@ class Source:
         held_out: pages kept from training, by file name.
         labels: how training understood the labels.
         window: how training chose the intensity window.
+        threshold: that training chose, which clients cut at.
     """
 
     data_dir: Path | None
     held_out: Mapping[str, Sequence[int]] = field(default_factory=dict)
     labels: LabelOptions = MASKS
     window: WindowChoice = None
+    threshold: float = DEFAULT_THRESHOLD
 
     @classmethod
-    def of(cls, data_dir: Path | None, held_out: Mapping[str, Sequence[int]], training: Mapping[str, Any]) -> Source:
+    def of(
+        cls,
+        data_dir: Path | None,
+        held_out: Mapping[str, Sequence[int]],
+        training: Mapping[str, Any],
+        threshold: float | None,
+    ) -> Source:
         """By the settings of the training.
 
         Args:
             data_dir: the named folder; None takes the default one, see `data_folder`.
             held_out: pages kept from training, by file name.
             training: its settings.
+            threshold: that it chose; None if it chose none.
         """
         window = parse_window(str(training.get("window", "")).split())
-        return cls(data_folder(data_dir), held_out, LabelOptions.of(training), window)
+        cut = DEFAULT_THRESHOLD if threshold is None else threshold
+        return cls(data_folder(data_dir), held_out, LabelOptions.of(training), window, cut)
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def keep_plan(
     """
     path = card.folder / PLAN_FILE
     held_out = card.artefacts[SAVED_MODEL].facts.get("held_out", {})
-    source = Source.of(data_dir, held_out, card.model["training"])
+    source = Source.of(data_dir, held_out, card.model["training"], card.model.get("threshold"))
     with atomic_file(path) as aside:
         aside.write_bytes(plan)
         with PlanRunner(plan, trt) as runner:

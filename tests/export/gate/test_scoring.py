@@ -54,7 +54,7 @@ def test_the_same_answers_keep_the_scores(slices: ScoredSlices) -> None:
     judge = Judge.of(slices, oracle(slices), "saved_model")
     assert judge.before == score_stack(oracle(slices), slices.labels)
     change = judge.judge("engine", as_engine(slices, oracle(slices)), 0.9999).check()
-    assert (change.v_rand, change.ratio) == (1.0, 1.0)
+    assert (change.v_rand, change.ratio, change.at_threshold) == (1.0, 1.0, 1.0)
 
 
 def test_merged_cells_are_refused_with_the_figure(slices: ScoredSlices, tmp_path: Path) -> None:
@@ -62,6 +62,8 @@ def test_merged_cells_are_refused_with_the_figure(slices: ScoredSlices, tmp_path
     bad = as_engine(slices, oracle(slices, erode=True))
     change = judge.judge("engine", bad, 0.995)
     assert 0.3 < change.ratio < 0.9
+    # At one threshold there is no better one to choose.
+    assert change.at_threshold <= change.ratio
     with pytest.raises(ParityError, match=rf"engine keeps only {change.ratio:.4f} of .* 0\.995 is the least"):
         change.check()
     assert judge.worst_slice_png(tmp_path / "worst.png", bad) == pytest.approx((slices.labels[1] == 0).mean(), rel=1e-3)
