@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve.models.library import arguments_library
 from serve.server.addresses import for_http, in_url, is_loopback
 from serve.server.guard import ADMIN_KEY_HEADER
 
@@ -41,6 +44,34 @@ class Identity:
     links: str = ""
 
 
+@dataclass(frozen=True)
+class KeyArgument:
+    """The admin key on the command line, which all users of the machine can read.
+
+    Attributes:
+        text: what stands there: a placeholder, or the key itself where the library was not built.
+        environment: of the server; the library that it names puts the key in the placeholder's place.
+    """
+
+    text: str
+    environment: dict[str, str]
+
+    @classmethod
+    def of(cls, key_file: Path, key: str) -> KeyArgument:
+        """For the key in a file.
+
+        The placeholder is another one at each start: should the library not be loaded, it is no known key, and the
+        server, which then refuses the true one, does not become ready.
+        """
+        library = arguments_library()
+        if not library.is_file():
+            return cls(key, {})
+        placeholder = f"in-a-file-{secrets.token_urlsafe(24)}"
+        preloaded = os.pathsep.join(filter(None, [str(library), os.environ.get("LD_PRELOAD")]))
+        names = {"LD_PRELOAD": preloaded, "UNET_ARGUMENT_FILE": str(key_file.resolve())}
+        return cls(placeholder, {**names, "UNET_ARGUMENT_PLACEHOLDER": placeholder})
+
+
 def server_command(
     settings: ServerSettings, installation: Installation, identity: Identity, models: Sequence[str], key: str
 ) -> list[str]:
@@ -51,7 +82,7 @@ def server_command(
         installation: what runs.
         identity: of this start.
         models: what it serves.
-        key: the admin key.
+        key: the admin key, or what stands for it.
     """
     flags: dict[str, object] = {
         "id": identity.server_id,

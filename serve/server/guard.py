@@ -149,13 +149,14 @@ class Guard:
 
     Args:
         command: the server's command line.
+        environment: what the server has in its environment beside this process's own.
         state_file: where to write ``state`` and both processes' identity while the server lives.
         state: what ``serve.server.state`` finds there again. The guard itself uses ``shm_prefix``, ``stop_timeout_s``,
             ``links`` and where HTTP answers.
     """
 
-    def __init__(self, command: list[str], state_file: str, state: dict[str, Any]) -> None:
-        self._command = command
+    def __init__(self, command: list[str], environment: dict[str, str], state_file: str, state: dict[str, Any]) -> None:
+        self._command, self._environment = command, environment
         self._state_file = Path(state_file)
         self._state = state
         self._server = 0
@@ -182,6 +183,7 @@ class Guard:
         # This process has one thread, so code between fork and exec is safe.
         process = subprocess.Popen(
             self._command,
+            env={**os.environ, **self._environment},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=die_with_guard,

@@ -18,7 +18,7 @@ from serve.server import guard
 from serve.server.addresses import in_url, require_free_port
 from serve.server.check import check_repository
 from serve.server.claims import Claims
-from serve.server.command_line import Identity, server_command
+from serve.server.command_line import Identity, KeyArgument, server_command
 from serve.server.install import TritonError, find_installation
 from serve.server.settings import ServerSettings, admin_key
 from serve.server.state import answers_ready, clear_up, load_state, state_file
@@ -78,8 +78,10 @@ class TritonServer:
             settings.log.parent.mkdir(parents=True, exist_ok=True)
             key_file, key = admin_key(settings)
             identity = _identity(settings.repository.resolve(), installation.backends)
-            command = server_command(settings, installation, identity, models, key)
-            self._launch(command, installation.environment(), identity, models, key_file)
+            argument = KeyArgument.of(key_file, key)
+            command = server_command(settings, installation, identity, models, argument.text)
+            task: dict[str, object] = {"command": command, "environment": argument.environment}
+            self._launch(task, installation.environment(), identity, models, key_file)
             self._await_ready(identity.server_id, models, key)
         except BaseException:
             self.stop()
@@ -106,11 +108,15 @@ class TritonServer:
             require_free_port(settings.http_address if name == "http_port" else settings.address, name, port)
 
     def _launch(
-        self, command: list[str], environment: dict[str, str], identity: Identity, models: list[str], key_file: Path
+        self,
+        task: dict[str, object],
+        environment: dict[str, str],
+        identity: Identity,
+        models: list[str],
+        key_file: Path,
     ) -> None:
         settings = self.settings
-        task = {
-            "command": command,
+        task |= {
             "state_file": str(state_file(settings.state_dir.resolve())),
             "state": {
                 "server_id": identity.server_id,
