@@ -39,8 +39,16 @@ FACTS = (
 _FINE_TUNING = 0.1
 _COUNTS = ("batch_size", "max_steps", "log_every", "base_filters", "checkpoint_every", "decay_steps")
 _NOT_NEGATIVE = (
-    *("global_batch_size", "evaluate_every", "warmup_steps", "lr_warmup_steps", "weight_decay", "loss_scale"),
-    *("learning_rate", "momentum", "membrane_weight", "border_weight", "max_minutes", "membrane_width"),
+    *(
+        "global_batch_size",
+        "evaluate_every",
+        "patience",
+        "warmup_steps",
+        "lr_warmup_steps",
+        "weight_decay",
+        "loss_scale",
+    ),
+    *("learning_rate", "momentum", "membrane_weight", "border_weight", "max_minutes", "membrane_width", "loss_scale"),
 )
 _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS, (1, math.inf)),
@@ -101,6 +109,7 @@ class TrainConfig:
         0.1, "share of the other slices that chooses the best weights and the threshold; 0 trains on them too"
     )
     evaluate_every: int = setting(0, "steps between two validations; 0: a tenth of --max_steps, 100 or more")
+    patience: int = setting(0, "validations in a row without better weights that end the run; 0: none do")
     checkpoint_every: int = setting(500, "steps between two checkpoints; the last step always writes one")
     resume: bool = setting(False, "continue from the newest checkpoint in --model_dir, or start if there is none")
     tta: bool = setting(False, "predict and evaluate with the mean over mirrorings and quarter turns")
@@ -119,6 +128,8 @@ class TrainConfig:
         for name in ("dropout", "validation_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise TrainError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.patience and not self.validation_share:
+            raise TrainError("--patience waits for better scores of a validation part: give it a --validation_share")
         if not is_valid_size(self.tile_size):
             nearest = valid_size_for(max(1, self.tile_size - CONTEXT))
             raise TrainError(f"--tile_size {self.tile_size} is not 188 + 16k; the next such size is {nearest}")
@@ -177,8 +188,13 @@ def default_of(name: str) -> Any:
     return _FIELDS[name].default
 
 
-def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The settings that flags give, or ``--config FILE`` where no flag does; those that neither gives are left out."""
+def parse_flags(argv: Sequence[str] | None = None, *, minutes: bool = False) -> dict[str, Any]:
+    """The settings that flags give, or ``--config FILE`` where no flag does; those that neither gives are left out.
+
+    Args:
+        argv: the command line.
+        minutes: whether ``--minutes`` is a flag, from which `train.input.fitting.settings_of` makes settings.
+    """
     parser = FlagParser(
         prog="train/main.py",
         description="Train a U-Net on electron-microscopy slices, on one process or under horovodrun.",
@@ -186,10 +202,18 @@ def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--config", help="JSON file of a former run whose settings are used where no flag says otherwise"
     )
+    if minutes:
+        parser.add_argument(
+            "--minutes",
+            type=float,
+            help="of training: what no flag gives follows from data and machine, and as many steps as fit",
+        )
     add_flags(parser, TrainConfig)
     # What the namespace holds already gets no default, so None is left where no flag was given.
-    chosen = vars(parser.parse_args(argv, argparse.Namespace(config=None, **dict.fromkeys(_FIELDS))))
+    chosen = vars(parser.parse_args(argv, argparse.Namespace(config=None, minutes=None, **dict.fromkeys(_FIELDS))))
     path = chosen.pop("config")
+    if chosen["minutes"] is not None and not chosen["minutes"] > 0:
+        parser.error("--minutes must be positive")
     given = {} if path is None else read_settings(path)
     return {**given, **{name: value for name, value in chosen.items() if value is not None}}
 

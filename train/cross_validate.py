@@ -17,6 +17,7 @@ import numpy as np
 
 from train.config import FOLDS, config_of, parse_flags
 from train.errors import TrainError
+from train.input.fitting import settings_of
 from train.run.folder import Run
 from unet.errors import command, say
 from unet.files import atomic_file, read_json
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model_dir", type=Path, default=Path("result"), help="holds a folder for each fold")
     parser.add_argument("--ranks", type=int, default=1, help="ranks that train together; above 1 by horovodrun")
     chosen, flags = parser.parse_known_args(argv)
-    given = parse_flags(flags)  # so that a wrong flag is named before anything starts
+    given = settings_of(parse_flags(flags, minutes=True))  # so that a wrong flag is named before anything starts
     for reserved in ("exec_mode", "crossvalidation_idx", "resume"):
         if reserved in given:
             raise TrainError(f"--{reserved} is set for each fold here: leave it out")

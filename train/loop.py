@@ -104,6 +104,7 @@ class TrainingLoop:
         self._best = run.best(trainer.model)
         newest = self._best.newest
         self._best_score = float(newest[1]["score"]) if newest else -math.inf
+        self._best_step = int(newest[1]["step"]) if newest else 0
         self._windows = windows_of(self.config, data.training)
         offset = first * trainer.global_batch + self.cluster.rank * self.config.batch_size
         self._batches = iter(
@@ -127,7 +128,7 @@ class TrainingLoop:
             _StopRequest() as stop,
             tqdm(total=self.max_steps, initial=self.step, unit="step", disable=silent) as bar,
         ):
-            while self.step < self.max_steps and not stopped_by:
+            while self.step < self.max_steps and not stopped_by and not self._out_of_patience:
                 loss, stopped_by = self._one_step(stop.asked)
                 self.step += 1
                 bar.update()
@@ -136,7 +137,14 @@ class TrainingLoop:
                 self._fit()
                 bar.total = self.max_steps
                 self._after_step(last=self.step == self.max_steps or bool(stopped_by))
-        return TrainResult(self.step, stopped_by if self.step < self.max_steps else 0)
+        ended = self.step == self.max_steps or self._out_of_patience
+        return TrainResult(self.step, 0 if ended else stopped_by)
+
+    @property
+    def _out_of_patience(self) -> bool:
+        """Whether as many validations as are waited for brought no better weights; of a resumed run, too."""
+        between = self.config.steps_between_validations
+        return 0 < self.config.patience <= self.step // between - self._best_step // between
 
     def _after_step(self, *, last: bool) -> None:
         """Log, validate and save, where it is time to."""
@@ -155,7 +163,7 @@ class TrainingLoop:
             require_sound(self.trainer.variables, self.step, self._checkpoints)
         improved = self._validate() if validates else False
         # A run that is resumed never starts before its best weights.
-        if self.cluster.is_first and (saves or improved):
+        if self.cluster.is_first and (saves or improved or self._out_of_patience):
             self._checkpoints.save(self.step)
         # The next line of the log is about training alone.
         self._interval.started += time.perf_counter() - started
@@ -220,7 +228,7 @@ class TrainingLoop:
             self.step, f"step {self.step}: {text.format(**scores)} {threshold}{ending}", threshold=threshold, **scores
         )
         if improved:
-            self._best_score = score
+            self._best_score, self._best_step = score, self.step
             if self.cluster.is_first:
                 self._best.save(self.step, score=score, threshold=threshold, **scores)
         if self.cluster.is_first and shown:

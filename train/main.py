@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from train.config import config_of, parse_flags
+from train.input.fitting import settings_of
 from unet.errors import command
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, also after a SIGTERM that was followed by a checkpoint; 130 after Ctrl-C, which saves as well.
     """
-    given = parse_flags(argv)
+    given = settings_of(parse_flags(argv, minutes=True))
     config_of(given)  # so that a wrong value is named before TensorFlow is loaded
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow 2.15 greets with lines that look like errors
     from train.modes import run

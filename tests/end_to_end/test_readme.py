@@ -15,7 +15,7 @@ import tifffile
 # What makes each command quick; the commands stay the README's own.
 QUICKER = {
     "unet.phantom --out data": "unet.phantom --out data --slices 30 --size 96",
-    "--base_filters 16 --tile_size 444 --max_steps 1200": "--base_filters 4 --tile_size 236 --max_steps 30",
+    "--minutes 20": "--minutes 20 --base_filters 4 --tile_size 236 --max_steps 30",
     # In 8-bit integers single pixels differ by more than what is compared below.
     "--out artefacts --data_dir data": "--out artefacts --data_dir data --tile_sizes 572 --no_int8",
     "serve/benchmark.py": "serve/benchmark.py --batch_sizes 1 --seconds 1 --rounds 1 --slices 2",

@@ -175,3 +175,23 @@ def test_the_best_weights_are_kept_and_not_the_last(tiny: Make, fit: Fit, slices
     # A run never resumes from before its best weights.
     saved = [path.name for path in (Path(config.model_dir) / "checkpoints").glob("step-*")]
     assert f"step-{facts['step']:08d}" in saved
+
+
+def test_a_run_ends_when_it_has_waited_long_enough_for_better_weights(
+    tiny: Make, fit: Fit, slices: list[Slice]
+) -> None:
+    """At no learning rate the first validation is the best, and the third after it is one too many."""
+    config = tiny(max_steps=100, evaluate_every=2, patience=3, learning_rate=0.0, validation_share=0.2)
+    first = fit(config, slices[1:], slices[:1])
+    steps = [step for step, data in read_log(config.model_dir) if isinstance(step, int) and "v_rand" in data]
+    assert steps == [2, 4, 6, 8]
+    run = Run(config.model_dir)
+    newest = run.best().newest
+    assert newest is not None
+    assert newest[1]["step"] == 2
+    assert run.checkpoints().names()[0] == "step-00000008"
+    # Resumed, it has waited already.
+    assert_same(first, fit(dataclasses.replace(config, resume=True), slices[1:], slices[:1]))
+    assert [step for step, data in read_log(config.model_dir) if isinstance(step, int) and "v_rand" in data] == steps
+    with pytest.raises(TrainError, match="give it a --validation_share"):
+        tiny(patience=1)
