@@ -224,8 +224,7 @@ class Demo:
             "segment held-out slices",
             *("python", "serve/client.py", images, "--url", url, "--output_dir", self.out, "--overwrite"),
         )
-        cut, found = read_json(self.results / "config.json")["trained"]["threshold"], "held-out-volume-probability.tif"
-        self.run("score", "python", "-m", "unet.scores", self.out / found, labels, "--threshold", f"{cut:g}")
+        self.run("score", "python", "-m", "unet.scores", self.out / "held-out-volume-probability.tif", labels)
 
     def _extract_held_out(self) -> tuple[Path, Path]:
         """Write the slices that training did not see as a stack of their own, with their labels."""

@@ -75,6 +75,16 @@ class Cells:
                 writer.writerow([index + 1, self.voxels[index], known[0], *self.box[index], *middle, *known[1:]])
 
 
+def table_of(target: Path) -> Path:
+    """The table that lies beside cells in 3-D."""
+    return target.with_name(f"{target.name.removesuffix('.zarr').removesuffix('.tif').removesuffix('.ome')}.csv")
+
+
+def cells_mark(link: float, min_voxels: int) -> str:
+    """What the tag of cells in 3-D says beside the rest."""
+    return f"; link {link:g}, at least {min_voxels} voxels"
+
+
 def label(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[Any], int]:
     """Number the 4-connected segments of a mask [H, W] from 1 on, as the scores do; and how many there are."""
     import scipy.ndimage

@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from serve.segment.bands import BAND_PX, Band
 from serve.segment.errors import ClientError
-from serve.volume.outputs import Output, OutputSettings, made_by, table_of, target_of
+from serve.volume.cells import table_of
+from serve.volume.outputs import Output, OutputSettings, target_of
 from serve.volume.request import Request
 from unet.config import FlagParser
 from unet.errors import command, say
 from unet.files import hidden_folder
 from unet.intensity import Windows
-from unet.names import DEFAULT_THRESHOLD
 from unet.volume import PROBABILITY_LIMITS, open_volume
+from unet.volume.overlay import noted_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what a former run wrote")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     chosen = parser.parse_args(argv)
-    threshold = _own_threshold(chosen.proposal) if chosen.threshold is None else chosen.threshold
+    threshold = noted_threshold(chosen.proposal) if chosen.threshold is None else chosen.threshold
     request = Request(
         ("labels3d",), chosen.output_dir, threshold, link=chosen.link, min_voxels=chosen.min_voxels, quiet=chosen.quiet
     )
@@ -64,12 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         count = _write(volume, target, request, threshold)
     say(f"{target}, {table_of(target)}: {count} cells, threshold {threshold:g}")
     return 0
-
-
-def _own_threshold(proposal: Path) -> float:
-    """The threshold that the client notes in what it writes, or one half."""
-    found = re.search(r"threshold (\d[\d.]*)", made_by(proposal))
-    return float(found[1]) if found else DEFAULT_THRESHOLD
 
 
 def _named_after(proposal: Path) -> Path:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import tifffile
-from PIL import Image
 
 from serve.segment.errors import ClientError
-from serve.volume.cells import find_cells, label, pages_above
+from serve.volume.cells import cells_mark, find_cells, label, pages_above, table_of
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
-from unet.volume.ngff.reader import load_zarr
 from unet.volume.opening import beside
 from unet.volume.overlay import membrane_overlay
 
@@ -34,9 +29,6 @@ KINDS = ("probability", "mask", "labels", "labels3d", "overlay")
 LABEL_DTYPES = ("uint16", "uint32")
 # Beside these: one slice drawn as a PNG.
 PICTURE = "picture"
-# Of a PNG: its signature, and its first chunk, which others follow.
-_PNG_HEAD_BYTES = 33
-_PNG_NOTE = "Comment"
 _FLOAT32_OF_FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
@@ -96,38 +88,6 @@ def stem_of(source: Path) -> tuple[str, str]:
     return Path(name).stem, ".tif"
 
 
-def table_of(target: Path) -> Path:
-    """The table that lies beside cells in 3-D."""
-    return target.with_name(f"{target.name.removesuffix('.zarr').removesuffix('.tif').removesuffix('.ome')}.csv")
-
-
-def cells_mark(link: float, min_voxels: int) -> str:
-    """What the tag of cells in 3-D says beside the rest."""
-    return f"; link {link:g}, at least {min_voxels} voxels"
-
-
-def made_by(path: Path) -> str:
-    """What the tag of an output says of how it was made; "" if nothing can be read."""
-    try:
-        if path.is_dir():
-            return str(dict(load_zarr().open(str(path), mode="r").attrs["unet"])["made_by"])
-        if path.suffix == ".png":
-            with Image.open(path) as picture:
-                return str(picture.info[_PNG_NOTE])
-        with tifffile.TiffFile(path) as tiff:
-            return str(tiff.pages.first.software)
-    except Exception:  # whatever it is, it is not this program's
-        return ""
-
-
-def note_in_png(path: Path, note: str) -> None:
-    """Put a note of how it was made into a PNG, where ``made_by`` finds it."""
-    data = path.read_bytes()
-    chunk = b"tEXt" + f"{_PNG_NOTE}\0{note}".encode("latin-1", "replace")
-    length, check = (struct.pack(">I", number) for number in (len(chunk) - 4, zlib.crc32(chunk)))
-    path.write_bytes(data[:_PNG_HEAD_BYTES] + length + chunk + check + data[_PNG_HEAD_BYTES:])
-
-
 class Output:
     """One file on its way."""
 
@@ -161,7 +121,11 @@ class Output:
             assert isinstance(volume, ZarrStack)
             notes = {"kind": kind, "made_by": settings.made_by_for(kind)}
             rows = bands[0].row1 - bands[0].row0
-            self._canvas = ZarrCanvas(self._aside, volume, dtype, chunk_rows=rows, notes=notes, keep=keep)
+            # As seen from the final place, if they lie side by side.
+            image = f"../{volume.path.name}" if kind.startswith("labels") else None
+            self._canvas = ZarrCanvas(
+                self._aside, volume, dtype, chunk_rows=rows, notes=notes, labels_of=image, keep=keep
+            )
         else:
             shape = (len(volume), volume.height, volume.width)
             samples = 3 if kind == "overlay" else 1

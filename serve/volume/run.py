@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.segment.errors import ClientError
-from serve.volume.outputs import PICTURE, Output, made_by
+from serve.volume.outputs import PICTURE, Output
 from serve.volume.partial import JOURNAL, Partial, RawStore
 from serve.volume.request import Request, Summary
 from serve.volume.scale import as_seen
@@ -20,6 +20,7 @@ from serve.volume.work import PICTURE_FILE, Run, marks_of, produce, slice_mark
 from unet.errors import warn
 from unet.intensity import find_windows
 from unet.volume import Volume, open_volume
+from unet.volume.overlay import made_by
 
 if TYPE_CHECKING:
     from serve.segment.segmenter import Segmenter

@@ -11,11 +11,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from serve.segment.bands import Band, Job, bands_of
-from serve.volume.outputs import PICTURE, Output, OutputSettings, cells_mark, note_in_png
+from serve.volume.cells import cells_mark
+from serve.volume.outputs import PICTURE, Output, OutputSettings
 from unet import __version__
 from unet.names import DEFAULT_THRESHOLD
 from unet.volume import BLOCK_PX
-from unet.volume.overlay import SOFTWARE, overlay_png, shrink, shrink_factor
+from unet.volume.overlay import SOFTWARE, note_in_png, overlay_png, shrink, shrink_factor
 from unet.volume.scaled import Planes, ScaledRows
 
 if TYPE_CHECKING:

@@ -214,6 +214,11 @@ def test_the_command(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert (found["threshold"], found["pixel_error"]) == (0.75, pytest.approx(TRUTH.mean()))
     assert found["v_rand_at_threshold"] < 1 == found["best_v_rand"]
+    # As the client notes it: the network's own threshold stands beside the network's version.
+    noted = "unet-medical-triton 1.0; model version 2 threshold 0.75; threshold the network's; views 1"
+    tifffile.imwrite(tmp_path / "p.tif", tifffile.imread(tmp_path / "p.tif"), photometric="minisblack", software=noted)
+    done = subprocess.run([*line, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["threshold"] == 0.75
     done = subprocess.run([*line, "--threshold", "7"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: --threshold is 7; it must be from 0 to 1\n")
     done = subprocess.run([*line, "--json"], capture_output=True, text=True, check=True)

@@ -22,6 +22,7 @@ from unet.volume import (
     page_range,
     read_labels,
 )
+from unet.volume.overlay import noted_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threshold",
         type=float,
-        default=0.5,
-        help="that was chosen before, on other slices, as the trainer's; membrane is not above it (default: 0.5)",
+        help="that was chosen before, on other slices; membrane is not above it (default: the one in the tag that the "
+        "client writes, which is the network's own, or 0.5)",
     )
     add_label_flags(parser)
     parser.add_argument("--pages", default=":", help="slices FIRST:LAST to score, LAST left out (default: all)")
@@ -63,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stack_scores(chosen: argparse.Namespace) -> tuple[range, StackScores]:
-    if not 0 <= chosen.threshold <= 1:
-        raise UnetError(f"--threshold is {chosen.threshold:g}; it must be from 0 to 1")
+    threshold = noted_threshold(chosen.proposal) if chosen.threshold is None else chosen.threshold
+    if not 0 <= threshold <= 1:
+        raise UnetError(f"--threshold is {threshold:g}; it must be from 0 to 1")
     labels = read_labels(chosen.labels, label_options(chosen))
     with open_volume(chosen.proposal, PROBABILITY_LIMITS) as reader:
         scale = 1.0 if reader.dtype.kind == "f" else float(np.iinfo(reader.dtype).max)
@@ -72,7 +74,7 @@ def _stack_scores(chosen: argparse.Namespace) -> tuple[range, StackScores]:
     if probability.shape != labels.shape:
         raise UnetError(f"{chosen.proposal} is {probability.shape} but {chosen.labels} is {labels.shape}")
     pages = page_range(chosen.pages, len(labels))
-    return pages, score_stack(probability[pages], labels[pages], jobs=chosen.jobs, threshold=chosen.threshold)
+    return pages, score_stack(probability[pages], labels[pages], jobs=chosen.jobs, threshold=threshold)
 
 
 def _volume_scores(chosen: argparse.Namespace) -> tuple[range, VolumeScores]:

@@ -1,8 +1,12 @@
-"""A picture of one slice with its membrane drawn over it."""
+"""A picture of one slice with its membrane drawn over it, and what outputs say of how they were made."""
 
 from __future__ import annotations
 
 import os
+import re
+import struct
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +14,7 @@ import numpy.typing as npt
 
 from unet.errors import UnetError
 from unet.files import atomic_file
+from unet.names import DEFAULT_THRESHOLD
 
 MEMBRANE_COLOUR = (255, 64, 32)
 OPACITY = 0.75
@@ -17,6 +22,9 @@ GAP_PX = 8
 MAX_SIDE_PX = 2048
 # What this program's name in its files begins with.
 SOFTWARE = "unet-medical-triton"
+# Of a PNG: its signature, and its first chunk, which others follow.
+_PNG_HEAD_BYTES = 33
+_PNG_NOTE = "Comment"
 
 
 def membrane_overlay(
@@ -86,3 +94,36 @@ def _blocks(plane: npt.NDArray[Any], factor: int) -> npt.NDArray[Any]:
     fill = [(0, -side % factor) for side in plane.shape]
     filled = np.pad(plane, fill, mode="edge")
     return filled.reshape(filled.shape[0] // factor, factor, filled.shape[1] // factor, factor)
+
+
+def note_in_png(path: Path, note: str) -> None:
+    """Put a note of how it was made into a PNG, where ``made_by`` finds it."""
+    data = path.read_bytes()
+    chunk = b"tEXt" + f"{_PNG_NOTE}\0{note}".encode("latin-1", "replace")
+    length, check = (struct.pack(">I", number) for number in (len(chunk) - 4, zlib.crc32(chunk)))
+    path.write_bytes(data[:_PNG_HEAD_BYTES] + length + chunk + check + data[_PNG_HEAD_BYTES:])
+
+
+def made_by(path: Path) -> str:
+    """What the tag of an output says of how it was made; "" if nothing can be read."""
+    import tifffile
+    from PIL import Image
+
+    from unet.volume.ngff.reader import load_zarr
+
+    try:
+        if path.is_dir():
+            return str(dict(load_zarr().open(str(path), mode="r").attrs["unet"])["made_by"])
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                return str(picture.info[_PNG_NOTE])
+        with tifffile.TiffFile(path) as tiff:
+            return str(tiff.pages.first.software)
+    except Exception:  # whatever it is, it is not this program's
+        return ""
+
+
+def noted_threshold(path: Path) -> float:
+    """The threshold that the client cut at, or would have, when it wrote a file; one half if nothing says so."""
+    found = re.search(r"threshold (\d[\d.]*)", made_by(path))
+    return float(found[1]) if found else DEFAULT_THRESHOLD

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from serve.segment.errors import ClientError
-from serve.volume.outputs import PICTURE, Output, made_by
+from serve.volume.outputs import PICTURE, Output
 from serve.volume.partial import RawStore
 from serve.volume.scale import as_seen
 from serve.volume.shards.folder import ShardFolder, recorded
@@ -15,6 +15,7 @@ from serve.volume.shards.plan import Shard, require_shards, shards_of
 from serve.volume.work import PICTURE_FILE, Run, draw, slice_mark
 from unet.errors import warn
 from unet.intensity import Windows, find_windows
+from unet.volume.overlay import made_by
 from unet.volume.scaled import Planes, ScaledRows
 
 if TYPE_CHECKING:

@@ -193,6 +193,8 @@ def test_an_ome_zarr_volume_has_cells_of_64_bits_with_smaller_levels(
     assert found["0"].dtype == np.uint64
     np.testing.assert_array_equal(found["0"][:], expected)
     np.testing.assert_array_equal(found["1"][:], expected[:, ::2, ::2])
+    # So viewers draw ids and not intensities.
+    assert found.attrs["ome"]["image-label"] == {"source": {"image": "../v.zarr"}}
     assert len(rows_of(tmp_path / "v-labels3d.csv")) == count
     assert main([*words, "--output", "labels3d", "--shard", "0/2", "--output_dir", str(tmp_path / "o")]) == 2
     assert "serve.volume.number_cells NAME-probability.zarr" in capsys.readouterr().err

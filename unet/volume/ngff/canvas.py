@@ -35,6 +35,7 @@ class ZarrCanvas:
         *,
         chunk_rows: int,
         notes: dict[str, Any] | None = None,
+        labels_of: str | None = None,
         keep: bool = False,
     ) -> None:
         """Make the volume, in place of whatever is at ``path``.
@@ -45,6 +46,7 @@ class ZarrCanvas:
             dtype: of the pixels.
             chunk_rows: rows of a chunk; blocks that begin and end at chunks may be written by several processes.
             notes: kept in the group's attributes under "unet".
+            labels_of: for ids of segments, the place of the image that they are of, as seen from ``path``.
             keep: open one that is there already instead.
         """
         zarr = load_zarr()
@@ -58,7 +60,8 @@ class ZarrCanvas:
             self._levels = [group[str(level)] for level in range(len(sides))]
             return
         group = zarr.open_group(str(path), mode="w", zarr_format=3)
-        group.attrs["ome"] = {"version": "0.5", "multiscales": [_multiscale(like, len(sides))]}
+        source = {} if labels_of is None else {"image-label": {"source": {"image": labels_of}}}
+        group.attrs["ome"] = {"version": "0.5", "multiscales": [_multiscale(like, len(sides))], **source}
         group.attrs["unet"] = notes or {}
         ones = (1,) * len(self._leading)
         rows = min(chunk_rows, like.height)
