@@ -224,7 +224,7 @@ def about_version(card: Card) -> dict[str, str]:
     if (size := typical_pixel_nm(card.model.get("pixel_size_nm", {}).values())) is not None:
         known["pixel_size_nm"] = f"{size:.6g}"
     if (threshold := card.model.get("threshold")) is not None:
-        known["threshold"] = f"{threshold:g}"
+        known["threshold"] = repr(float(threshold))
     return known
 
 

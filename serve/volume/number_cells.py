@@ -20,7 +20,7 @@ from unet.errors import command, say
 from unet.files import hidden_folder
 from unet.intensity import Windows
 from unet.volume import PROBABILITY_LIMITS, open_volume
-from unet.volume.overlay import noted_threshold
+from unet.volume.overlay import exactly, noted_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -77,7 +77,7 @@ def _write(volume: Volume, target: Path, request: Request, threshold: float) -> 
     rows = max(1, BAND_PX // volume.width)
     starts = range(0, volume.height, rows)
     bands = [Band(row0, end, row0, end, ()) for row0 in starts if (end := min(volume.height, row0 + rows))]
-    made = f"cells of {volume.path.name}, threshold {threshold:g}".encode("ascii", "replace").decode()
+    made = f"cells of {volume.path.name}, threshold {exactly(threshold)}".encode("ascii", "replace").decode()
     windows = Windows((None,) * len(volume))
     settings = OutputSettings(request.kinds, threshold, "uint32", windows, made, request.link, request.min_voxels)
 

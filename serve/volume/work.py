@@ -16,7 +16,7 @@ from serve.volume.outputs import PICTURE, Output, OutputSettings
 from unet import __version__
 from unet.names import DEFAULT_THRESHOLD
 from unet.volume import BLOCK_PX
-from unet.volume.overlay import SOFTWARE, note_in_png, overlay_png, shrink, shrink_factor
+from unet.volume.overlay import SOFTWARE, exactly, note_in_png, overlay_png, shrink, shrink_factor
 from unet.volume.scaled import Planes, ScaledRows
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Run:
         """How outputs are written."""
         served = self.segmenter.interface
         card = f" card {served.card_sha256[:12]}" if served.card_sha256 else ""
-        own = f" threshold {self.threshold:g}" if self.request.threshold is None else ""
+        own = f" threshold {exactly(self.threshold)}" if self.request.threshold is None else ""
         made = f"{SOFTWARE} {__version__}; model version {served.version}{card}{own}; {self.marks}"
         request = self.request
         how = request.kinds, self.threshold, request.label_dtype, self.windows, made
@@ -122,7 +122,7 @@ class Run:
 def marks_of(volume: Volume, windows: Windows, request: Request, *, tta: bool) -> str:
     """What an output's tag says of the input and of the settings."""
     # Without one of its own the request takes the network's, which stands beside the network's version.
-    threshold = "the network's" if request.threshold is None else f"{request.threshold:g}"
+    threshold = "the network's" if request.threshold is None else exactly(request.threshold)
     return (
         f"intensity window {windows}; threshold {threshold}; views {8 if tta else 1}; "
         f"{'resampled; ' if request.resample else ''}input {volume.fingerprint()['sha256'][:12]}"

@@ -123,7 +123,14 @@ def made_by(path: Path) -> str:
         return ""
 
 
+def exactly(threshold: float) -> str:
+    """A threshold as tags note it: short where that is exact, else with all its digits."""
+    short = f"{threshold:g}"
+    return short if float(short) == threshold else repr(float(threshold))
+
+
 def noted_threshold(path: Path) -> float:
     """The threshold that the client cut at, or would have, when it wrote a file; one half if nothing says so."""
-    found = re.search(r"threshold (\d[\d.]*)", made_by(path))
-    return float(found[1]) if found else DEFAULT_THRESHOLD
+    # The last one: a volume's name may stand before it, and may have such words too.
+    found = re.findall(r"threshold (\d+(?:\.\d+)?(?:e-\d+)?)(?![\w.])", made_by(path))
+    return float(found[-1]) if found else DEFAULT_THRESHOLD

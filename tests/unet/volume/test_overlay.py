@@ -4,10 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from unet.errors import UnetError
-from unet.volume.overlay import GAP_PX, MEMBRANE_COLOUR, membrane_overlay, overlay_png
+from unet.volume.overlay import (
+    GAP_PX,
+    MEMBRANE_COLOUR,
+    exactly,
+    membrane_overlay,
+    note_in_png,
+    noted_threshold,
+    overlay_png,
+)
 
 
 def test_only_the_membrane_is_tinted_and_the_surer_the_more() -> None:
@@ -56,3 +66,17 @@ def test_shapes_must_agree(tmp_path: Path) -> None:
     with pytest.raises(UnetError, match=r"a.png cannot show a probability of \(4, 5\) over a slice of \(5, 4\)"):
         overlay_png(tmp_path / "a.png", np.zeros((5, 4), np.uint8), np.zeros((4, 5)))
     assert not list(tmp_path.iterdir())
+
+
+@given(threshold=st.floats(0, 1), name=st.sampled_from(["", "cells of threshold 3.tif, ", "model version 2 "]))
+@example(threshold=1e-05, name="")
+@example(threshold=0.1234567, name="")
+@example(threshold=0.7, name="cells of threshold 3, ")
+def test_a_noted_threshold_is_read_exactly(
+    threshold: float, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "noted.png"
+    Image.new("L", (1, 1)).save(path)
+    note_in_png(path, f"{name}threshold {exactly(threshold)}; threshold the network's; views 1")
+    assert noted_threshold(path) == threshold
+    assert exactly(0.7) == "0.7"
