@@ -20,7 +20,7 @@ from serve.volume.run import segment_volume
 from serve.volume.shards.run import compute_here, goes_on_by_shards, segment_shards
 from serve.volume.sources import expanded
 from unet.config import FlagParser, add_flags, from_flags
-from unet.errors import command, say
+from unet.errors import command, log_as_json, say
 from unet.intensity import parse_window
 from unet.volume import open_volume
 
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--tls_cert", type=Path, help="PEM of this client's certificate, where the server wants one")
     how.add_argument("--tls_key", type=Path, help="PEM of its private key")
     parser.add_argument("--json", action="store_true", help="summary as JSON, one line per stack")
+    parser.add_argument(
+        "--log_format", default="text", choices=("text", "json"),
+        help="of warnings and errors; json has a line's time, level, message and run",
+    )  # fmt: skip
     return parser
 
 
@@ -81,8 +85,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Segment the stacks named on the command line."""
     chosen = _parser().parse_args(argv)
+    if chosen.log_format == "json":
+        log_as_json()
     request = _request(chosen)
     settings = from_flags(Settings, chosen, urls=addresses(chosen.url or DEFAULT_URL), tls=_tls(chosen))
+    if chosen.log_format == "json":
+        log_as_json(run=settings.run_id)
     checked = replace(request, overwrite=True) if chosen.dry_run else request
     jobs = JobList(expanded(chosen.volumes), checked, tta=settings.tta)
     output = _Output(as_json=chosen.json, quiet=request.quiet)

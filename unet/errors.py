@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import errno
 import functools
 import io
+import json
 import os
 import signal
 import sys
@@ -35,6 +37,9 @@ _EXTRAS = {
 _LONGEST = 1500
 
 Main = Callable[[Sequence[str] | None], int]
+
+# What each line on standard error has beside its time, level and message, once lines are JSON.
+_json_fields: dict[str, str] | None = None
 
 
 class UnetError(Exception):
@@ -139,6 +144,8 @@ def command(main: Main) -> Callable[..., int]:
     def wrapped(argv: Sequence[str] | None = None) -> int:
         if "_ARGCOMPLETE" in os.environ:
             _complete()
+        global _json_fields
+        _json_fields = None
         _secure_output()
         limit_threads()
         if threading.current_thread() is threading.main_thread():
@@ -166,8 +173,20 @@ def command(main: Main) -> Callable[..., int]:
     return wrapped
 
 
+def log_as_json(**fields: str) -> None:
+    """From now on each line on standard error is a JSON object: time (UTC), level, message, and these fields."""
+    global _json_fields
+    _json_fields = fields
+
+
 def complain(text: str) -> None:
     """Write one line to standard error."""
+    if _json_fields is not None:
+        level, found, message = text.partition(": ")
+        known = bool(found) and level in ("error", "warning")
+        moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        words = {"level": level, "message": message} if known else {"level": "info", "message": text}
+        text = json.dumps({"time": moment, **words, **_json_fields})
     sys.stderr.write(f"{text}\n")
 
 

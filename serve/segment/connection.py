@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ class Connection:
         url: the server's address.
         model_version: that requests ask for; empty for the newest, until ``interface`` has found which one that is.
         timeout_s: longest wait for one answer.
+        run_id: begins the id of each request; empty for requests without one.
         client: tritonclient's own, for the calls that this class does not wrap.
         grpc: tritonclient's gRPC module, which takes a while to load.
     """
@@ -72,6 +74,7 @@ class Connection:
         self.address = Address.parse(url)
         self.url, self.model_name, self.model_version = str(self.address), model_name, model_version
         self.timeout_s = timeout_s
+        self.run_id, self._requests = "", itertools.count()
         self.grpc: Any = grpc
         if self.address.encrypted and tls is None:
             raise ClientError(f"{url} asks for an encrypted connection: name the server's authority with --tls_ca")
@@ -136,9 +139,7 @@ class Connection:
             ServerError: if the server does not answer or refuses.
         """
         try:
-            return self.client.infer(
-                self.model_name, inputs, self.model_version, outputs=outputs, client_timeout=self.timeout_s
-            )
+            return self.client.infer(self.model_name, inputs, **self._call(outputs))
         except self.grpc.InferenceServerException as error:
             raise self.explain(error) from error
 
@@ -149,11 +150,14 @@ class Connection:
             ServerError: if it could not be sent.
         """
         try:
-            return self.client.async_infer(
-                self.model_name, inputs, receive, self.model_version, outputs=outputs, client_timeout=self.timeout_s
-            )
+            return self.client.async_infer(self.model_name, inputs, receive, **self._call(outputs))
         except self.grpc.InferenceServerException as error:
             raise self.explain(error) from error
+
+    def _call(self, outputs: list[Any]) -> dict[str, Any]:
+        request_id = f"{self.run_id}-{next(self._requests)}" if self.run_id else ""
+        known = {"model_version": self.model_version, "request_id": request_id}
+        return {**known, "outputs": outputs, "client_timeout": self.timeout_s}
 
     def explain(self, error: BaseException) -> ServerError:
         """One sentence for what went wrong with a call, and what is to be done about it."""
@@ -165,7 +169,7 @@ class Connection:
             timeout=f"{self.timeout_s:g}",
             reason=_reason(message),
             reach=self._why_unreachable(message) if "{reach}" in rule.sentence else "",
-            said=(message.splitlines() or ["no reason given"])[0].replace("[request id: <id_unknown>] ", ""),
+            said=re.sub(r"\[request id: [^]]*\] ", "", (message.splitlines() or ["no reason given"])[0]),
         )
         return ServerError(sentence, rule.action)
 

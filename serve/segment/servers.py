@@ -112,6 +112,7 @@ class Server:
         settings = self._settings
         version = settings.model_version if expected is None else expected.version
         connection = self._tried = Connection(self.url, settings.model_name, version, settings.timeout_s, settings.tls)
+        connection.run_id = settings.run_id
         try:
             interface = connection.interface(timeout_s)
             if expected is not None and not interface.is_model_of(expected):

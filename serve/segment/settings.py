@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,7 @@ class Settings:
             insists, "off" sends them, "cuda" insists on memory of the GPU that both sides use.
         batch_size: tiles in one request, at most; of several slices where one has fewer.
         in_flight: requests under way at a time at each server.
+        run_id: begins the id of every request, which the servers' logs and traces name; empty for one at random.
         tta: test-time augmentation: the mean of the answers to eight views of each tile, turned and mirrored; it takes
             eight times as long.
     """
@@ -46,6 +49,7 @@ class Settings:
     shared_memory: str = setting("auto", "with a server on this machine", choices=tuple(SHARED_MEMORY))
     batch_size: int = setting(1, "tiles in one request, of several slices where one has fewer")
     in_flight: int = setting(4, "requests under way at a time, at each server")
+    run_id: str = setting("", "begins each request's id in the servers' logs and traces; without one a random word")
     tta: bool = setting(False, "mean of eight turned and mirrored views; takes eight times as long")
 
     def __post_init__(self) -> None:
@@ -60,6 +64,10 @@ class Settings:
             raise ClientError(
                 "batch_size and in_flight must be at least 1, timeout_s positive, patience_s not negative"
             )
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", self.run_id):
+            raise ClientError(f"--run_id {self.run_id!r} is not up to 64 letters, digits, dots, - and _")
+        if not self.run_id:
+            object.__setattr__(self, "run_id", f"unet-{secrets.token_hex(4)}")
         if not self.urls:
             raise ClientError("there is no server to connect to: name one with --url")
 
