@@ -115,6 +115,7 @@ class TrainingLoop:
         self._predict = make_predictor(trainer.model)
         self._interval = _Interval()
         self._budget = Budget(self.config, first)
+        self._fewer = 0
 
     def run(self) -> TrainResult:
         """Train.
@@ -175,7 +176,11 @@ class TrainingLoop:
         self._interval.waited_s += time.perf_counter() - started
         loss = self.trainer.step(self.step, batch)
         signals = [float(asked == signal.SIGTERM), float(asked == signal.SIGINT)]
-        shared = self.cluster.sum(tf.stack([loss, *signals]), name="step_outcome").numpy()
+        timed = self.cluster.is_first and self.config.max_minutes > 0
+        fewer = float(self._budget.fewer(self.step, self.max_steps) or 0) if timed else 0.0
+        shared = self.cluster.sum(tf.stack([loss, *signals, fewer]), name="step_outcome").numpy()
+        self._fewer = int(shared[3])
+        self._budget.took(time.perf_counter() - started)
         mean_loss = float(shared[0]) / self.cluster.size
         if not np.isfinite(mean_loss):
             first, size = self.step * self.trainer.global_batch, self.trainer.global_batch
@@ -190,11 +195,14 @@ class TrainingLoop:
         return mean_loss, signal.SIGINT if shared[2] else signal.SIGTERM if shared[1] else 0
 
     def _fit(self) -> None:
-        """Fit the number of steps to the budget of minutes, once the first rank knows how long a step takes."""
-        if not self._budget.open:
-            return
-        mine = (self._budget.fitted(self.step) or 0) if self.cluster.is_first else 0
-        fitted = int(self.cluster.sum(tf.constant(mine, tf.int64), name="fitted_steps"))
+        """Fit the number of steps to the minutes.
+
+        The first rank knows how long a step takes after the first ones, and later whether the machine became slower.
+        """
+        fitted = max(self.step, self._fewer) if self._fewer else 0
+        if self._budget.open:
+            mine = (self._budget.fitted(self.step) or 0) if self.cluster.is_first else 0
+            fitted = int(self.cluster.sum(tf.constant(mine, tf.int64), name="fitted_steps"))
         if not fitted:
             return
         self._budget.open = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 UNTIMED_STEPS = 3
 TIMED_STEPS = 20
 TIMED_S = 5.0
+# A run that will take this share of its time longer than it may has its steps fitted once more. The latest of this many
+# steps say how long one takes now.
+TOLERATED = 0.1
+_LATEST = 10
 
 
 class Schedule(tf.keras.optimizers.schedules.LearningRateSchedule):
@@ -66,6 +71,8 @@ class Budget:
         self._from = first + UNTIMED_STEPS
         self._since = 0.0
         self.step_s = 0.0
+        self._tolerated_s = config.max_minutes * 60 * TOLERATED
+        self._latest: deque[float] = deque(maxlen=_LATEST)
 
     def fitted(self, done: int) -> int | None:
         """The steps of the whole run, once enough of them are timed; None before.
@@ -82,3 +89,23 @@ class Budget:
         self.step_s = (now - self._since) / timed
         left = max(0, int((self._ends - now) / self.step_s))
         return max(done, min(self._limit, done + left))
+
+    def took(self, seconds: float) -> None:
+        """Note how long a step took, validations and checkpoints left out."""
+        self._latest.append(seconds)
+
+    def fewer(self, done: int, planned: int) -> int | None:
+        """Fewer steps for the whole run, where the machine has become so slow that the time will not do; else None.
+
+        Args:
+            done: steps done so far.
+            planned: steps of the whole run.
+        """
+        now = time.perf_counter()
+        if self.open or len(self._latest) < _LATEST:
+            return None
+        step_s = sum(self._latest) / _LATEST
+        if now + (planned - done) * step_s <= self._ends + self._tolerated_s:
+            return None
+        self.step_s = step_s
+        return min(planned, done + max(0, int((self._ends - now) / step_s)))

@@ -14,8 +14,10 @@ import tensorflow as tf
 
 from train.config import TrainConfig
 from train.errors import TrainError
+from train.input.store import Slice
 from train.model.schedule import TIMED_STEPS, UNTIMED_STEPS, Budget, Schedule
 from train.run.folder import Run
+from train.run.log import read_log
 
 Make = Callable[..., TrainConfig]
 
@@ -39,6 +41,52 @@ def test_the_steps_fill_the_budget(tiny: Make, first: int) -> None:
     assert fitted is not None
     left_s = 30 - (time.perf_counter() - started)
     assert (fitted - done) * budget.step_s == pytest.approx(left_s, abs=0.5)
+
+
+def test_a_machine_that_becomes_slower_takes_fewer_steps(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("train.model.schedule.time.perf_counter", lambda: clock[0])
+    budget, planned = Budget(tiny(max_steps=100_000, max_minutes=2.0), 0), 0
+
+    def steps(count: int, seconds: float, done: int) -> int:
+        nonlocal planned
+        for _ in range(count):
+            clock[0] += seconds
+            done += 1
+            budget.took(seconds)
+            if budget.open and (fitted := budget.fitted(done)):
+                planned, budget.open = fitted, False
+            elif fewer := budget.fewer(done, planned):
+                planned = fewer
+        return done
+
+    done = steps(30, 0.5, 0)
+    assert planned == 240
+    # A tenth more is no reason: steps of 0.53 s would end after 126.3 s.
+    done = steps(20, 0.53, done)
+    assert planned == 240
+    done = steps(20, 2.0, done)
+    assert clock[0] + (planned - done) * 2.0 <= 120 * 1.1
+    # A machine that recovers does not get them back.
+    before = planned
+    done = steps(5, 0.5, done)
+    assert planned == before
+    clock[0] = 500.0
+    assert budget.fewer(done, planned) == done
+
+
+def test_a_run_on_a_machine_that_becomes_slower_ends_in_order(
+    tiny: Make, fit: Callable[..., object], slices: list[Slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Budget, "fitted", lambda self, done: 40 if done == 4 else None)
+    monkeypatch.setattr(Budget, "fewer", lambda self, done, planned: 9 if done == 6 else None)
+    config = tiny(max_steps=1_000_000, max_minutes=60.0, lr_schedule="cosine")
+    fit(config, slices)
+    steps = [step for step, data in read_log(config.model_dir) if isinstance(step, int) and "loss" in data]
+    assert steps[-1] == 9
+    record = json.loads(Path(config.model_dir, "config.json").read_text())
+    assert (record["settings"]["max_steps"], record["fitted"]) == (9, True)
+    assert (Path(config.model_dir) / "checkpoints" / "step-00000009").is_dir()
 
 
 def test_the_limit_stays_a_limit(tiny: Make) -> None:
