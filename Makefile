@@ -13,9 +13,8 @@ TORCH := torch==2.13.0
 EXTRAS := train,export,serve,zarr,n5,http,s3,gs,hdf5,mrc,dask,int8,docs,dev
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton
 LOGS := .cache/install
-# Much of the tests' time is waiting for servers. The tests of one file share their servers and networks. In the order of
-# `testpaths` the longest files begin first, so that no worker is left alone with one.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Much of the tests' time is waiting for servers. The tests of one file share their servers and networks.
+PARALLEL := -n 2 --dist loadfile
 
 # TensorFlow 2.15 and Triton's wheel need Python 3.11; it can be named with PYTHON=.
 PYTHON ?= $(shell for p in python3.11 python3 python; do \

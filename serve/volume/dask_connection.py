@@ -186,12 +186,16 @@ class DaskCluster:
         Raises:
             UnetError: as on the worker, or a ClientError around what else the worker met, down to its own end.
         """
+        from distributed.comm import CommClosedError
+
         if future.status == "cancelled":
             raise self.gone()
         try:
             return future.result()
         except UnetError:
             raise
+        except CommClosedError as error:  # it went while it handed the result over
+            raise self.gone() from error
         except Exception as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise ClientError(f"{what} failed on the Dask cluster at {self.address}: {said}") from error
