@@ -86,7 +86,11 @@ class Watcher:
 
     def _bereaved(self) -> list[str]:
         """The models that have lost a process since the last look. Triton leaves the dead as zombies."""
-        dead = {child.pid for child in self._children() if child.status() == psutil.STATUS_ZOMBIE}
+        dead = set()
+        for child in self._children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it went in order, as when the server stops
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    dead.add(child.pid)
         return sorted({self._workers.pop(pid) for pid in dead & set(self._workers)})
 
     def _children(self) -> list[psutil.Process]:

@@ -103,6 +103,13 @@ def test_a_model_that_gives_no_answer_is_loaded_anew(
     assert capsys.readouterr().out.startswith(f"not answering: process {state.server_pid} serves unet, ")
     # It never saw the process alive.
     watcher = Watcher(settings.state_dir, WatchSettings(timeout_s=1, failures=2))
+    # A process that went between the listing and the look at it is no fault.
+    with subprocess.Popen([sys.executable, "-c", ""]) as brief:
+        gone = psutil.Process(brief.pid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watcher, "_children", lambda: [gone])
+        assert watcher._bereaved() == []
+        assert watcher._living() == {}
     watcher.look()
     assert "canary 1 of 2 of unet failed: " in capsys.readouterr().out
     watcher.look()
