@@ -39,15 +39,7 @@ FACTS = (
 _FINE_TUNING = 0.1
 _COUNTS = ("batch_size", "max_steps", "log_every", "base_filters", "checkpoint_every", "decay_steps")
 _NOT_NEGATIVE = (
-    *(
-        "global_batch_size",
-        "evaluate_every",
-        "patience",
-        "warmup_steps",
-        "lr_warmup_steps",
-        "weight_decay",
-        "loss_scale",
-    ),
+    *("global_batch_size", "evaluate_every", "patience", "warmup_steps", "lr_warmup_steps", "weight_decay"),
     *("learning_rate", "momentum", "membrane_weight", "border_weight", "max_minutes", "membrane_width", "loss_scale"),
 )
 _BOUNDS: dict[str, tuple[float, float]] = {

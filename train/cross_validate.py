@@ -106,10 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model_dir", type=Path, default=Path("result"), help="holds a folder for each fold")
     parser.add_argument("--ranks", type=int, default=1, help="ranks that train together; above 1 by horovodrun")
     chosen, flags = parser.parse_known_args(argv)
-    given = settings_of(parse_flags(flags, minutes=True))  # so that a wrong flag is named before anything starts
+    asked = parse_flags(flags, minutes=True)  # so that a wrong flag is named before anything starts
     for reserved in ("exec_mode", "crossvalidation_idx", "resume"):
-        if reserved in given:
+        if reserved in asked:
             raise TrainError(f"--{reserved} is set for each fold here: leave it out")
+    given = settings_of(asked)
     launcher = ["horovodrun", "-np", str(chosen.ranks), "--gloo"] if chosen.ranks > 1 else []
     if launcher:
         launcher[0] = str(Path(sys.executable).with_name("horovodrun"))

@@ -50,6 +50,15 @@ def test_a_folder_of_other_settings_is_refused(trained: Path, phantom_dir: Path,
         fold.check(config_of({**settings, "max_steps": 7, "augment": True}))
 
 
+def test_settings_that_follow_from_the_data_are_the_folds_own(
+    trained: Path, phantom_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They choose a mode and a fold, which nobody gave as a flag."""
+    shutil.copytree(trained, tmp_path / "fold-4")
+    assert main([f"--model_dir={tmp_path}", f"--data_dir={phantom_dir}", "--minutes=1"]) == 2
+    assert "fold-4 holds a run of other settings" in capsys.readouterr().err
+
+
 def test_scores_of_trained_slices_are_no_scores_of_a_fold(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "fold-4")
     fold = Fold(4, tmp_path / "fold-4")
