@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import tempfile
 import zipfile
 from importlib.util import find_spec
@@ -52,7 +53,8 @@ def quantise(model: Path, calibration: Sequence[NDArray[np.uint8]], path: Path) 
         ) from error
     if not calibration:
         raise ExportError("there are no tiles to calibrate INT8 on: name the training stacks with --data_dir")
-    nncf.set_log_level(40)
+    # Its own function sets the level of all handlers that the logger has, also of those that others gave it.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     network = prepared(model)
     data = nncf.Dataset([{INPUT: tile} for tile in calibration])
     # It draws progress bars even where no terminal shows them.

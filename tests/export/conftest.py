@@ -61,6 +61,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "settings": {"base_filters": 2},
             "repeat": "python train/main.py --config config.json",
             "held_out": {"train-volume.tif": [1, 3]},
+            "trained": {"threshold": 0.6, "threshold_from": "validation"},
             "versions": {"tensorflow": "2.15.1"},
         },
     )

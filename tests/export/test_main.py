@@ -58,6 +58,7 @@ def test_artefacts_carry_their_history(artefacts: Path, model_dir: Path, data_di
     assert card.artefacts["onnx"].versions["tf2onnx"]
     assert card.tile_sizes == (204, 220)
     assert card.model["base_filters"] == 2
+    assert (card.model["threshold"], card.model["threshold_from"]) == (0.6, "validation")
     assert card.model["parity_tiles"] == f"held-out pages 1, 3 of {data_dir / 'train-volume.tif'}"
     assert card.artefacts["saved_model"].proof is None
     rows = [row for name in ("onnx", "onnx_fp16") for row in proof_of(card, name).comparisons]

@@ -57,6 +57,15 @@ def test_the_same_answers_keep_the_scores(slices: ScoredSlices) -> None:
     assert (change.v_rand, change.ratio, change.at_threshold) == (1.0, 1.0, 1.0)
 
 
+def test_a_shift_below_the_clients_threshold_is_shown(slices: ScoredSlices) -> None:
+    """The best threshold moves along with the answers; a client's does not."""
+    judge = Judge.of(slices, oracle(slices), "saved_model")
+    change = judge.judge("engine", as_engine(slices, oracle(slices) * 0.45), 0.9999).check()
+    assert change.threshold == 0.5
+    assert change.ratio == 1.0
+    assert change.at_threshold < 0.5
+
+
 def test_merged_cells_are_refused_with_the_figure(slices: ScoredSlices, tmp_path: Path) -> None:
     judge = Judge.of(slices, oracle(slices), "saved_model")
     bad = as_engine(slices, oracle(slices, erode=True))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from unet.engine.cpu import CpuEngine, EngineChoice
 from unet.names import INT8, ONNX, SAVED_MODEL
 from unet.phantom import synthetic_stack
 
+# One that others gave NNCF's logger.
+OTHERS = logging.Handler(level=logging.DEBUG)
+
 
 @pytest.fixture(scope="module")
 def files(single: Any, half: Any, tiles: Tiles, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
@@ -30,8 +34,15 @@ def files(single: Any, half: Any, tiles: Tiles, tmp_path_factory: pytest.TempPat
     found = folder / "model.onnx", folder / "model.fp16.onnx", folder / "model.int8.zip"
     write_model(single, found[0])
     write_model(half, found[1])
+    logger = logging.getLogger("nncf")
+    logger.addHandler(OTHERS)
     quantise(found[0], [tiles.batches[0][index : index + 1] for index in range(3)], found[2])
+    logger.removeHandler(OTHERS)
     return found
+
+
+def test_what_others_want_of_the_log_stays(files: tuple[Path, Path, Path]) -> None:
+    assert OTHERS.level == logging.DEBUG
 
 
 def test_it_computes_in_integers_and_stays_close(
