@@ -221,7 +221,7 @@ class _Output:
                 )
                 return
             resent = f", {summary.resent} requests sent again" if summary.resent else ""
-            cut = {"mask", "labels", "overlay"} & set(summary.outputs) and summary.threshold is not None
+            cut = {"mask", "labels", "labels3d", "overlay"} & set(summary.outputs) and summary.threshold is not None
             threshold = f", threshold {summary.threshold:g}" if cut else ""
             self._say(
                 f"{', '.join(summary.outputs.values())}: {summary.slices} slices of {summary.height} x {summary.width}"

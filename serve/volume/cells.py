@@ -93,6 +93,25 @@ def label(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[Any], int]:
     return np.asarray(labels), int(count)
 
 
+def components(pairs: npt.NDArray[np.int64], total: int) -> Ints:
+    """Number what pairs join.
+
+    Args:
+        pairs: int64 [2, P], each two of the things 0 to ``total`` - 1.
+        total: how many things there are.
+
+    Returns:
+        int64 [total], the number of the component that each belongs to, from 0 on in the order of their first things.
+    """
+    import scipy.sparse
+    import scipy.sparse.csgraph
+
+    graph = scipy.sparse.coo_array((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), (total, total))
+    _, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
+    return np.asarray(np.argsort(np.argsort(first))[inverse])
+
+
 def pages_above(metadata: StackMetadata, pages: int) -> list[int | None]:
     """For each slice the one before it in depth, which no time point or channel lies between.
 
@@ -191,19 +210,14 @@ def _overlapping(
 
 
 def _joined(segments: _Segments, firsts: Ints, pairs: npt.NDArray[np.int64], least: int) -> Cells:
-    import scipy.sparse
-    import scipy.sparse.csgraph
-
     total = int(firsts[-1])
     if not total:
         return Cells(segments.voxels, firsts, segments.voxels, segments.box, segments.sums)
-    graph = scipy.sparse.coo_array((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), (total, total))
-    _, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
     # Segments rise in the order of their first pixels, so a cell's first segment has its first pixel.
-    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    cell = np.argsort(np.argsort(first))[inverse]
-    voxels, sums = np.zeros(len(first), np.int64), np.zeros((len(first), 3))
-    box = np.tile(np.array([np.iinfo(np.int64).max] * 3 + [0] * 3), (len(first), 1))
+    cell = components(pairs, total)
+    count = int(cell.max()) + 1
+    voxels, sums = np.zeros(count, np.int64), np.zeros((count, 3))
+    box = np.tile(np.array([np.iinfo(np.int64).max] * 3 + [0] * 3), (count, 1))
     np.add.at(voxels, cell, segments.voxels)
     np.add.at(sums, cell, segments.sums)
     np.minimum.at(box[:, :3], cell, segments.box[:, :3])

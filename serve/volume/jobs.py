@@ -86,7 +86,7 @@ class JobList:
         taken = {job.source.resolve(): job.source for job in self.jobs}
         for source in [job.source for job in self.jobs]:
             for path in (
-                *request.targets(source).values(),
+                *request.files(source),
                 request.partial_folder(source),
                 request.shards_folder(source),
             ):

@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with open_volume(chosen.proposal, PROBABILITY_LIMITS) as volume:
         target = target_of(_named_after(chosen.proposal), "labels3d", request.folder)
-        if target.exists() and not chosen.overwrite:
-            raise ClientError(f"{target} exists already: add --overwrite, or choose another --output_dir")
+        for path in (target, table_of(target)):
+            if path.exists() and not chosen.overwrite:
+                raise ClientError(f"{path} exists already: add --overwrite, or choose another --output_dir")
         count = _write(volume, target, request, threshold)
     say(f"{target}, {table_of(target)}: {count} cells, threshold {threshold:g}")
     return 0

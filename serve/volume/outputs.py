@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.segment.errors import ClientError
-from serve.volume.cells import cells_mark, find_cells, label, pages_above, table_of
+from serve.volume.cells import cells_mark, components, find_cells, label, pages_above, table_of
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
 from unet.volume.opening import beside
 from unet.volume.overlay import membrane_overlay
@@ -203,8 +203,6 @@ class Output:
 
         The numbers are those of labelling the slice in one piece: segments in the order of their first pixels.
         """
-        import scipy.sparse.csgraph
-
         counts, pairs = [0], []
         above: npt.NDArray[Any] | None = None
         for band in self._bands:
@@ -215,13 +213,8 @@ class Output:
                 pairs.append(np.unique(np.stack([above[touching], labels[0][touching]]), axis=1))
             above = labels[-1]
             counts.append(counts[-1] + count)
-        joined = np.concatenate(pairs, axis=1)
-        total = counts[-1] + 1
-        graph = scipy.sparse.coo_array((np.ones(joined.shape[1], np.int8), (joined[0], joined[1])), (total, total))
-        _, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
-        # Number by first appearance; provisional numbers rise in that order already. Background is 0 and alone.
-        _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-        number = np.argsort(np.argsort(first))[inverse]
+        # Provisional numbers rise in the order of first pixels. Background is 0 and alone.
+        number = components(np.concatenate(pairs, axis=1), counts[-1] + 1)
         self._numbered(page, number, int(number.max()))
         for band, offset in zip(self._bands, counts):
             labels, _ = label(self._mask(store, page, band))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.segment.errors import ClientError
+from serve.volume.cells import table_of
 from serve.volume.outputs import LABEL_DTYPES, PICTURE, stem_of, target_of
 from unet.config import setting
 from unet.volume.opening import beside
@@ -105,6 +106,11 @@ class Request:
         if self.picture_slice is not None:
             found[PICTURE] = (self.folder or beside(source)[0]) / f"{stem_of(source)[0]}-overlay.png"
         return found
+
+    def files(self, source: Path) -> list[Path]:
+        """All that is written of a source: its targets, and the table beside cells in 3-D."""
+        targets = self.targets(source)
+        return [*targets.values(), *(table_of(path) for kind, path in targets.items() if kind == "labels3d")]
 
     def partial_folder(self, source: Path) -> Path:
         """Where the results so far are kept."""

@@ -40,7 +40,7 @@ def check_volume(volume: Volume, request: Request) -> None:
         )
     if request.overwrite or request.resume:
         return
-    for path in request.targets(volume.path).values():
+    for path in request.files(volume.path):
         if path.exists():
             raise ClientError(f"{path} exists already: add --overwrite to replace it, or choose another --output_dir")
 
@@ -61,7 +61,7 @@ def is_done(volume: Volume, request: Request, *, tta: bool) -> bool:
     """Whether a former run has written all that is wanted, of this input by these settings."""
     targets = request.targets(volume.path)
     unfinished = (request.partial_folder(volume.path) / JOURNAL).exists() or request.shards_folder(volume.path).exists()
-    if unfinished or not all(path.exists() for path in targets.values()):
+    if unfinished or not all(path.exists() for path in request.files(volume.path)):
         return False
     marks = marks_of(volume, windows_of(volume, request), request, tta=tta)
     return all(made_by(path).endswith(marks + slice_mark(request, kind)) for kind, path in targets.items())

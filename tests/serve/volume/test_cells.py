@@ -167,6 +167,9 @@ def test_the_client_writes_cells_and_their_table(
         assert rows_of(tmp_path / "again" / "v-labels3d.csv") == table
     assert cells_main(again) == 2
     assert "v-labels3d.tif exists already: add --overwrite" in capsys.readouterr().err
+    (tmp_path / "again" / "v-labels3d.tif").unlink()
+    assert cells_main(again) == 2
+    assert "v-labels3d.csv exists already: add --overwrite" in capsys.readouterr().err
     # What is done is left as it is, and what was made otherwise is not done.
     done = [*words[:3], "--threshold", "0.4", "--output", "labels3d", "--output", "probability", "--resume"]
     assert main([*done, "--min_voxels", "30"]) == 0

@@ -17,8 +17,10 @@ import zarr
 from serve.client import main
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
+from serve.segment.errors import ClientError
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
+from serve.volume.dask_connection import DaskCluster
 from unet.processes import free_ports
 
 RNG = np.random.default_rng(3)
@@ -81,6 +83,18 @@ def test_the_cluster_writes_what_one_process_does_and_goes_on_after_a_crash(
     for name in ("v-probability.zarr", "v-labels.zarr"):
         assert contents(out / name) == contents(tmp_path / "alone" / name)
     assert {path.name for path in out.iterdir()} == {"v-probability.zarr", "v-labels.zarr"}
+
+
+def test_a_scheduler_that_goes_while_it_hands_a_result_over_has_gone() -> None:
+    class Future:
+        status = "finished"
+
+        def result(self) -> None:
+            raise distributed.comm.CommClosedError("in <TCP local=tcp://127.0.0.1:1>: Stream is closed")
+
+    address = "tcp://127.0.0.1:1"
+    with pytest.raises(ClientError, match=rf"^the Dask scheduler at {address} has gone: start it again$"):
+        DaskCluster(address, 1.0).result(Future(), "shard 3")
 
 
 @pytest.mark.parametrize(

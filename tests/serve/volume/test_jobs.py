@@ -144,6 +144,28 @@ def test_results_of_other_settings_do_not_count_as_done(
     assert contents(tmp_path / "out") == before
 
 
+def test_a_table_beside_cells_is_a_result_too(
+    url: str, stacks: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(stacks[0]), "--url", url, "--output_dir", str(tmp_path / "out"), "--output", "labels3d"]
+    table = tmp_path / "out" / "a-labels3d.csv"
+    table.parent.mkdir()
+    table.write_text("mine")
+    assert main(words) == 2
+    assert "a-labels3d.csv exists already: add --overwrite" in capsys.readouterr().err
+    assert contents(table.parent) == {table.name: b"mine"}
+    assert main([*words, "--overwrite"]) == 0
+    assert ", threshold 0.5, " in capsys.readouterr().out
+    assert table.read_text().startswith("id,voxels")
+    # Cells whose table has gone are not done.
+    made = contents(table.parent)
+    table.unlink()
+    assert main([*words, "--resume"]) == 2
+    assert "a-labels3d.tif exists already" in capsys.readouterr().err
+    assert main([*words, "--resume", "--overwrite"]) == 0
+    assert contents(table.parent) == made
+
+
 def test_a_stack_whose_results_exist_is_refused_and_the_others_are_done(
     url: str, stacks: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
