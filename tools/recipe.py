@@ -5,25 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from train.input.fitting import RECIPE
+
 # Of a stack of 30 slices, fold 4 is slices 24 to 29; all others are trained on, for there are few. One process with two
 # windows a step is faster on one machine than two ranks with one window each.
 FLAGS = {
+    **{name: "" if value is True else str(value) for name, value in RECIPE.items()},
     "crossvalidation_idx": "4",
-    "batch_size": "2",
     "base_filters": "16",
     "tile_size": "444",
     "max_steps": "1200",
-    "optimizer": "adam",
-    "learning_rate": "0.001",
-    "lr_schedule": "cosine",
-    "lr_warmup_steps": "100",
-    "weight_decay": "0",
-    "dropout": "0.2",
     "membrane_weight": "2",
     "validation_share": "0",
-    "log_every": "20",
-    "augment": "",
-    "use_amp": "",
 }
 QUICK_FLAGS = {
     **FLAGS,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,11 @@ def test_the_global_batch_is_shared_out_or_refused() -> None:
     assert parse_config(["--batch_size", "5"]).for_ranks(2).batch_size == 5
     with pytest.raises(TrainError, match="global_batch_size 6 cannot be shared out evenly over 4 ranks"):
         parse_config(["--global_batch_size", "6"]).for_ranks(4)
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "1"), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, "0")])
+def test_training_takes_onednn_where_nobody_says_otherwise(given: dict[str, str], found: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    program = "import os, train; print(os.environ['TF_ENABLE_ONEDNN_OPTS'])"
+    said = subprocess.run([sys.executable, "-c", program], env={**environment, **given}, capture_output=True, text=True)
+    assert said.stdout.strip() == found

@@ -39,6 +39,12 @@ def test_a_run_is_scored_on_what_it_held_out_at_the_threshold_that_validation_ch
     assert tally(make_predictor(model), [slices[3]]).best_threshold == record["threshold"]
 
 
+def test_the_saved_model_has_no_code_of_keras(trained: Path) -> None:
+    """Which may hold Python code that a reader would run."""
+    assert (trained / "saved_model" / "saved_model.pb").exists()
+    assert not (trained / "saved_model" / "keras_metadata.pb").exists()
+
+
 def test_the_saved_model_has_the_best_weights(trained: Path) -> None:
     import tensorflow as tf
 

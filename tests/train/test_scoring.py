@@ -12,7 +12,7 @@ from train.errors import TrainError
 from train.evaluation import average_over_symmetries, make_predictor
 from train.input.store import Slice
 from train.model.network import build_unet
-from train.scoring import Tally, tally
+from train.scoring import Tally, tally, training_threshold
 from unet.scores import score_stack
 
 Array = npt.NDArray[Any]
@@ -69,6 +69,23 @@ def test_the_threshold_is_the_best_of_both_scores_and_the_nearest_to_one_half() 
     assert Tally(sums).as_dict(0.3)["v_rand_at_threshold"] == 0.5
     assert Tally(sums).as_dict(0.3)["best_v_rand"] == 0.75
     assert Tally(sums).as_dict(0.3)["best_v_info_threshold"] == 1.0
+
+
+def test_four_corners_spread_over_the_training_slices_choose_the_threshold() -> None:
+    label = np.ones((40, 1100), np.uint8)
+    label[::8] = label[:, ::8] = 0
+    of = {}
+    for index in range(10):
+        # Only where it looks is 0.7 the one that parts membrane from cells.
+        high = np.where(label == 0, 0.65, 0.75) if index in (0, 2, 5, 7) else np.where(label == 0, 0.15, 0.25)
+        high[:, 1024:] = np.where(label[:, 1024:] == 0, 0.15, 0.25)
+        of[index] = high.astype(np.float32)
+
+    def predict(image: Array) -> Array:
+        return of[int(image[0, 0])][: image.shape[0], : image.shape[1]]
+
+    training = [Slice(str(index), np.full(label.shape, index, np.uint8), label) for index in range(10)]
+    assert training_threshold(predict, training) == pytest.approx(0.7)
 
 
 def test_without_cells_the_membrane_decides() -> None:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 # What a few slices of a stack say of its membrane stands for the rest.
 _LOOKED_AT = 8
 _LARGEST_WINDOW = 444
+# The time decides.
+_NO_LIMIT = 1_000_000_000
 # What reached the scores of docs/training.md, whatever the data.
-_RECIPE: dict[str, Any] = {
+RECIPE: dict[str, Any] = {
     "augment": True,
     "use_amp": True,
     "batch_size": 2,
@@ -35,8 +37,6 @@ _RECIPE: dict[str, Any] = {
     "weight_decay": 0.0,
     "dropout": 0.2,
     "log_every": 20,
-    # The time decides.
-    "max_steps": 1_000_000_000,
 }
 
 
@@ -99,7 +99,8 @@ def fitted(given: Mapping[str, Any], minutes: float) -> tuple[dict[str, Any], Fa
     # A missed pixel of the rarer class costs more, and less than its rarity: all of it draws membrane too thick.
     weight = math.sqrt((1 - facts.membrane) / max(facts.membrane, 0.01))
     chosen = {
-        **_RECIPE,
+        **RECIPE,
+        "max_steps": _NO_LIMIT,
         "max_minutes": minutes,
         "base_filters": 64 if run_tool("nvidia-smi", "-L") else 16,
         "tile_size": min(_LARGEST_WINDOW, valid_size_for(facts.side)),
@@ -121,6 +122,7 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
         return {"exec_mode": read_settings(record)["exec_mode"], **given, "max_minutes": minutes}
     settings, facts = fitted(given, minutes)
     if os.environ.get("HOROVOD_RANK", "0") == "0":
-        chosen = " ".join(f"--{name} {value}" for name, value in settings.items() if name not in given)
+        new = {name: value for name, value in settings.items() if name not in given and value != _NO_LIMIT}
+        chosen = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in new.items())
         say(f"{facts}; so, where nothing else is asked for: {chosen}")
     return settings

@@ -54,6 +54,8 @@ def test_a_run_writes_them_and_its_resumption_keeps_them(
     done = main(*line)
     assert done.returncode == 0, done.stderr
     assert "5 slices, 96 pixels on their shorter side, 100% annotated" in done.stdout
+    assert "so, where nothing else is asked for: --augment --use_amp --batch_size 2 --optimizer adam" in done.stdout
+    assert "--max_steps" not in done.stdout
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
     assert (settings["tile_size"], settings["optimizer"], settings["base_filters"]) == (284, "adam", 2)
     given = {"model_dir": str(run), "resume": True, "minutes": 1.0}
