@@ -122,7 +122,8 @@ def test_the_library_writes_what_the_client_writes(
     assert "slices/s" in said
     probability = tifffile.imread(checkout / "data" / "test-volume-probability.tif")
     mask = tifffile.imread(checkout / "data" / "test-volume-mask.tif")
-    np.testing.assert_array_equal(mask > 0, probability > 0.5)
+    trained = json.loads((checkout / "result" / "config.json").read_text(encoding="utf-8"))["trained"]
+    np.testing.assert_array_equal(mask > 0, probability > np.float32(trained["threshold"]))
 
 
 def test_the_report_of_the_demo_is_there(

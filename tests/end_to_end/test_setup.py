@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -51,6 +52,15 @@ def test_what_is_missing_is_named_in_one_sentence(
 def test_nothing_missing_is_silent(project_root: Path, tmp_path: Path) -> None:
     done = check_tools(project_root, tmp_path, ["g++", "cmake"], f"PYTHON={sys.executable}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("writes_none", [False, True])
+def test_where_python_writes_no_bytecode_it_is_compiled_once(project_root: Path, writes_none: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"} if writes_none else {}
+    line = ["make", "-n", "-B", ".venv/.installed"]
+    done = subprocess.run(line, cwd=project_root, env=environment, capture_output=True, text=True, check=True)
+    assert ("--compile-bytecode --editable" in " ".join(done.stdout.split())) is writes_none
 
 
 def test_the_lock_is_the_constraints_with_hashes(project_root: Path) -> None:
