@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     what.add_argument("--output_dir", type=Path, help="folder for what is written; without it the input's")
     what.add_argument("--overlay_slice", type=int, default=0, help="slice of the picture")
+    what.add_argument("--view", action="store_true", help="then show it on a page for a browser here, until Ctrl-C")
     what.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
     add_flags(what, Request)
     how = parser.add_argument_group("how it is computed, and where")
@@ -103,12 +105,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 jobs.run(lambda source: output.summary(work(source)))
     jobs.check()
     output.check()
+    if len(jobs.jobs) == 1 and not chosen.dry_run:
+        output.ways_to_look(jobs.jobs[0].source, request)
+    if chosen.view:
+        _view(jobs.jobs[0].source, request)
     return 0
+
+
+def _view(source: Path, request: Request) -> None:
+    from serve.volume.view.layers import Layers
+    from serve.volume.view.server import show
+
+    with Layers(source, folder=request.folder) as layers:
+        show(layers)
 
 
 def _request(chosen: argparse.Namespace) -> Request:
     kinds = tuple(dict.fromkeys(chosen.output or ["probability"]))
     drawn = chosen.output is None or "overlay" in kinds
+    if chosen.view and (chosen.dry_run or len(chosen.volumes) > 1):
+        raise ClientError("--view shows what was found in one volume: name one, and leave --dry_run out")
     if chosen.shard is not None and chosen.dask is not None:
         raise ClientError("--shard is for tasks without a coordinator, and --dask names one: leave one of them out")
     request = from_flags(
@@ -227,6 +243,14 @@ class _Output:
                 f"{', '.join(summary.outputs.values())}: {summary.slices} slices of {summary.height} x {summary.width}"
                 f"{window}{threshold}{recalled}{resent}, {summary.seconds:.1f} s, {summary.slices_per_s:.2f} slices/s"
             )
+
+    def ways_to_look(self, source: Path, request: Request) -> None:
+        """Say by which commands a person sees what was found; nothing where a program reads the output."""
+        made = [path for path in request.targets(source).values() if path.exists() and path.suffix != ".png"]
+        if made and not (self._as_json or self._quiet):
+            folder = [] if request.folder is None else ["--output_dir", str(request.folder)]
+            ours = shlex.join(["python", "-m", "serve.volume.view", str(source), *folder])
+            self._say(f"to look at it: {ours}, or {shlex.join(['napari', str(source), *map(str, made)])}")
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ class Browser:
         for name in ("Page.enable", "Runtime.enable"):
             self._call(name)
 
-    def open(self, page: Path, width: int = 1100, height: int = 1300) -> None:
-        """Load a file in a window of this size."""
+    def open(self, page: Path | str, width: int = 1100, height: int = 1300) -> None:
+        """Load a file, or an address on this machine, in a window of this size."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
-        self._call("Page.navigate", url=page.as_uri())
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.run(
             "await new Promise((done) => document.readyState === 'complete' ? done() : addEventListener('load', done))"
         )
@@ -90,7 +90,7 @@ def browser(profile: Path) -> Iterator[Browser]:
         os.dup2(theirs_in, 3)
         os.dup2(inner, 4)
 
-    line = [program, *_FLAGS, f"--user-data-dir={profile}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    line = [program, *_FLAGS, f"--user-data-dir={profile}", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     with subprocess.Popen(
         line, preexec_fn=wire, pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
