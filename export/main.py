@@ -52,6 +52,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "and taken only if it is the fastest and keeps 0.999",
     )
     int8.add_argument("--no_int8", "--no-int8", dest="int8", action="store_false", help="do not consider it")
+    parser.add_argument(
+        "--bioimageio",
+        action="store_true",
+        help="write bioimageio.zip too, a BioImage.IO package for ilastik, deepImageJ and others",
+    )
     return parser.parse_args(argv)
 
 
@@ -69,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             target=args.target,
             tile_sizes=tuple(args.tile_sizes),
             int8=args.int8,
+            bioimageio=args.bioimageio,
         ),
         say,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -28,8 +27,10 @@ from export.record.folder import sole_writer
 from export.record.page import PAGE, WORST, write_card
 from export.record.provenance import shell, tensorflow_package, versions
 from export.steps import graph, scaling
+from export.steps.bioimageio import can_package, packaged, write_package
 from export.steps.half_precision import to_half
 from export.steps.int8 import can_quantise, quantise
+from export.steps.own_process import in_own_process
 from export.steps.reference import Outputs
 from export.steps.training_run import TrainingRun
 from unet.card import CARD_FILE, SHORT_HASH, Card
@@ -38,8 +39,7 @@ from unet.engine.cpu import CpuEngine, EngineChoice, load_engine
 from unet.files import atomic_directory
 from unet.geometry import output_size
 from unet.machine import machine
-from unet.names import HALF, HALF_FILE, INT8, INT8_FILE, ONNX, ONNX_FILE, SAVED_MODEL
-from unet.processes import child
+from unet.names import BIOIMAGEIO, BIOIMAGEIO_FILE, HALF, HALF_FILE, INT8, INT8_FILE, ONNX, ONNX_FILE, SAVED_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,6 +65,7 @@ class ExportConfig:
         tile_sizes: input sizes that will be served, 188 + 16k; the first is the one that speed is measured at.
         int8: whether an engine in 8-bit integers is considered too, with "cpu"; None considers it where it can be
             proven: NNCF is installed, and labels are known of slices that training did not see.
+        bioimageio: whether a package for other programs is written too.
     """
 
     model_dir: Path
@@ -73,10 +74,13 @@ class ExportConfig:
     target: str = "cpu"
     tile_sizes: tuple[int, ...] = (572, 700)
     int8: bool | None = None
+    bioimageio: bool = False
 
     def __post_init__(self) -> None:
         if not self.tile_sizes or len(set(self.tile_sizes)) != len(self.tile_sizes):
             raise ExportError("--tile_sizes needs at least one size, each once")
+        if self.bioimageio and not can_package():
+            raise ExportError("--bioimageio needs bioimageio.spec: pip install 'unet-medical-triton[bioimageio]'")
         for size in self.tile_sizes:
             output_size(size)
         if not (self.model_dir / SAVED_MODEL).is_dir():
@@ -160,6 +164,8 @@ def _export(config: ExportConfig, run: TrainingRun, folder: Path, say: Callable[
     used = versions(tensorflow_package(), "tf2onnx", "onnx", "numpy")
     card.record(ONNX, folder / ONNX_FILE, SAVED_MODEL, command, proof=proof, versions=used)
     card.model["base_filters"] = graph.base_filters(model)
+    if config.bioimageio:
+        _package(card, model, evidence, say)
 
     try:
         _to_half(card, model, evidence, say)
@@ -191,7 +197,7 @@ def _gather_evidence(
     with tempfile.TemporaryDirectory(dir=folder) as name:
         asked, answered = Path(name) / "tiles.npz", Path(name) / "outputs.npz"
         np.savez(asked, *tiles.batches, *(scored.tiles() if scored else []))
-        _in_own_process(folder, "export.steps.reference", folder / SAVED_MODEL, asked, count, answered)
+        in_own_process(folder, "export.steps.reference", folder / SAVED_MODEL, asked, count, answered)
         reference = Outputs.read(answered)
     say(f"{SAVED_MODEL}: {reference.parameters:,} parameters")
     judge = None
@@ -202,27 +208,11 @@ def _gather_evidence(
     return Evidence(tiles, {SAVED_MODEL: reference.probability[:count]}, batches, judge), reference
 
 
-def _in_own_process(folder: Path, module: str, *arguments: Path | int) -> None:
-    """Run a step that needs TensorFlow, which gives its gigabytes back to the system only when it ends.
-
-    Raises:
-        ExportError: with the step's own last words.
-    """
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        log = Path(name) / "log"
-        with child([sys.executable, "-m", module, *map(str, arguments)], log=log) as process:
-            process.wait()
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if process.returncode != 0:
-        last = said[-1] if said else f"it ended with exit code {process.returncode}"
-        raise ExportError(last[len("error: ") :] if last.startswith("error: ") else f"{module} failed: {last}")
-
-
 def _to_onnx(
     folder: Path, evidence: Evidence, reference: Outputs, say: Callable[[str], None]
 ) -> tuple[onnx.ModelProto, Proof]:
     path = folder / ONNX_FILE
-    _in_own_process(folder, "export.steps.to_onnx", folder / SAVED_MODEL, path)
+    in_own_process(folder, "export.steps.to_onnx", folder / SAVED_MODEL, path)
     model = graph.read_model(path)
     # One tile of each size: the logits are twice as many numbers as the probabilities, and four times the bytes.
     firsts = [batch[:1] for batch in evidence.tiles.batches]
@@ -231,6 +221,16 @@ def _to_onnx(
     return model, prove(
         Step(ONNX, path, engine.infer, SAME_TYPE, {SAVED_MODEL: SAME_TYPE}, others=(logits,)), evidence, say
     )
+
+
+def _package(card: Card, model: onnx.ModelProto, evidence: Evidence, say: Callable[[str], None]) -> None:
+    path = card.folder / BIOIMAGEIO_FILE
+    judge = evidence.judge
+    scores = f"On slices that training did not see: {judge.before}" if judge else "Not measured: no labels were known."
+    write_package(model, evidence.tiles.batches[0][:1], card.model, path, validation=scores)
+    step = Step(BIOIMAGEIO, path, packaged(path), SAME_TYPE, dict.fromkeys((SAVED_MODEL, ONNX), SAME_TYPE))
+    proof, used = prove(step, evidence, say), versions("bioimageio.spec", "onnx")
+    card.record(BIOIMAGEIO, path, ONNX, "python export/main.py --bioimageio", proof=proof, versions=used)
 
 
 def _to_half(card: Card, model: onnx.ModelProto, evidence: Evidence, say: Callable[[str], None]) -> None:
