@@ -21,13 +21,15 @@ from serve.volume.run import segment_volume
 from serve.volume.shards.run import compute_here, goes_on_by_shards, segment_shards
 from serve.volume.sources import expanded
 from unet.config import FlagParser, add_flags, from_flags
-from unet.errors import command, log_as_json, say
+from unet.errors import command, log_as_json, say, warn
 from unet.intensity import parse_window
+from unet.tracing import recording, span, traces_url
 from unet.volume import open_volume
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from serve.volume.dask_connection import DaskCluster
     from serve.volume.shards.run import Compute
@@ -75,12 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--tls_ca", type=Path, help="PEM of the authority of the server's certificate: encrypts")
     how.add_argument("--tls_cert", type=Path, help="PEM of this client's certificate, where the server wants one")
     how.add_argument("--tls_key", type=Path, help="PEM of its private key")
+    _add_reports(parser)
+    return parser
+
+
+def _add_reports(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--otlp", default="", metavar="URL",
+        help="http://HOST:4318 of an OpenTelemetry collector, which gets a trace of the run; the spans of servers that "
+        "send theirs too belong to it",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="summary as JSON, one line per stack")
     parser.add_argument(
         "--log_format", default="text", choices=("text", "json"),
         help="of warnings and errors; json has a line's time, level, message and run",
     )  # fmt: skip
-    return parser
 
 
 @command
@@ -97,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = JobList(expanded(chosen.volumes), checked, tta=settings.tta)
     output = _Output(as_json=chosen.json, quiet=request.quiet)
     if jobs.planned:
-        with Segmenter.with_settings(settings) as segmenter:
+        with _recording(chosen.otlp), Segmenter.with_settings(settings) as segmenter:
             if chosen.dry_run:
                 jobs.run(lambda source: output.plan(segmenter, source, request))
             else:
@@ -110,6 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.view:
         _view(jobs.jobs[0].source, request)
     return 0
+
+
+def _recording(collector: str) -> AbstractContextManager[None]:
+    if collector:
+        try:
+            traces_url(collector)
+        except ValueError as error:
+            raise ClientError(str(error)) from error
+    return recording(collector, "unet-client", warn)
 
 
 def _view(source: Path, request: Request) -> None:
@@ -169,9 +189,10 @@ def _work(segmenter: Segmenter, request: Request, cluster: DaskCluster | None) -
         segment_bands, compute = DaskDispatcher(cluster, segmenter).segment_bands, DaskShards(cluster).compute
 
     def work(source: Path) -> Summary:
-        if goes_on_by_shards(request, source):
-            return segment_shards(segmenter, source, request, compute)
-        return segment_volume(segmenter, source, request, segment_bands)
+        with span("segment", volume=source.name, run=segmenter.settings.run_id):
+            if goes_on_by_shards(request, source):
+                return segment_shards(segmenter, source, request, compute)
+            return segment_volume(segmenter, source, request, segment_bands)
 
     return work
 

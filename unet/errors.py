@@ -31,6 +31,7 @@ _EXTRAS = {
     **dict.fromkeys(("tensorflow", "cv2", "matplotlib"), "train"),
     **dict.fromkeys(("tf2onnx", "onnx", "onnxruntime", "openvino"), "export"),
     "pytriton": "serve",
+    "opentelemetry": "otlp",
 }
 
 # Characters of a message; what is said of a file may hold a library's print of the whole of it.

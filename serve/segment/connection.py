@@ -11,6 +11,7 @@ from serve.segment.address import Address, Tls
 from serve.segment.errors import Action, ClientError, Rule, ServerError, rule_for
 from unet.geometry import is_valid_size
 from unet.names import INPUT, OUTPUT
+from unet.tracing import begin
 
 # gRPC's own limit of a message.
 MESSAGE_BYTES = 2**31 - 1
@@ -149,9 +150,17 @@ class Connection:
         Raises:
             ServerError: if it could not be sent.
         """
+        span = begin("request", server=self.url)
+
+        def end_and_receive(result: Any, error: Exception | None) -> None:
+            span.end(error)
+            receive(result=result, error=error)
+
         try:
-            return self.client.async_infer(self.model_name, inputs, receive, **self._call(outputs))
+            call = self._call(outputs)
+            return self.client.async_infer(self.model_name, inputs, end_and_receive, headers=span.headers, **call)
         except self.grpc.InferenceServerException as error:
+            span.end(error)
             raise self.explain(error) from error
 
     def _call(self, outputs: list[Any]) -> dict[str, Any]:

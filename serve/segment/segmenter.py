@@ -18,6 +18,7 @@ from serve.segment.errors import ClientError
 from serve.segment.settings import DEFAULT_URL, Settings
 from unet.geometry import HALO, TilePlan, cheapest_tile_size, gather, mirrored_indices, plan_tiles
 from unet.intensity import Window, to_uint8
+from unet.tracing import span
 
 if TYPE_CHECKING:
     from serve.segment.connection import Interface
@@ -77,8 +78,9 @@ _Part = tuple[_Work, "Tile", int]
 
 
 def _fill(parts: Sequence[_Part], images: npt.NDArray[np.uint8]) -> None:
-    for image, (work, tile, view) in zip(images, parts):
-        work.fill(tile, view, image[0])
+    with span("cut", tiles=len(parts)):
+        for image, (work, tile, view) in zip(images, parts):
+            work.fill(tile, view, image[0])
 
 
 def _accept(parts: Sequence[_Part], outputs: npt.NDArray[np.float16]) -> None:

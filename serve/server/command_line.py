@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from serve.models.library import arguments_library
 from serve.server.addresses import for_http, in_url, is_loopback
 from serve.server.guard import ADMIN_KEY_HEADER
+from unet.tracing import traces_url
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,6 +112,7 @@ def server_command(
     if not _NVIDIA_DRIVER.exists():
         flags |= {"allow-gpu-metrics": "false", "pinned-memory-pool-byte-size": 0}
     words = [f"--{name}={value}" for name, value in flags.items()]
+    words += [f"--trace-config={entry}" for entry in _tracing(settings)]
     if settings.model_control == "explicit":
         words += [f"--load-model={model}" for model in models]
     # Configurations are written whole by `serve.repository`: completing them would start every model twice.
@@ -134,6 +136,14 @@ def _restrictions(settings: ServerSettings, key: str) -> dict[str, object]:
         "grpc-restricted-protocol": f"{','.join(grpc)}:{ADMIN_KEY_HEADER}={key}",
         "http-restricted-api": f"{','.join(http)}:{ADMIN_KEY_HEADER}={key}",
     }
+
+
+def _tracing(settings: ServerSettings) -> list[str]:
+    """Triton's own spans of every request: those that it says time it, within the trace that the client began."""
+    if not settings.otlp:
+        return []
+    own = (f"url={traces_url(settings.otlp)}", "resource=service.name=triton")
+    return ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", *(f"opentelemetry,{entry}" for entry in own)]
 
 
 def _encryption(settings: ServerSettings) -> dict[str, object]:

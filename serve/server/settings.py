@@ -11,6 +11,7 @@ from pathlib import Path
 from serve.server.addresses import in_url, is_loopback, listen_address
 from serve.server.install import TritonError
 from unet.config import setting
+from unet.tracing import traces_url
 
 MODEL_CONTROL = ("none", "explicit")
 
@@ -40,6 +41,7 @@ class ServerSettings:
         tls_key: PEM file with its private key.
         tls_client_ca: PEM file with the authority whose certificates clients must show.
         response_cache_mib: memory for answers that are kept; 0 keeps none.
+        otlp: http address of an OpenTelemetry collector that gets a trace of every request; empty for none.
     """
 
     repository: Path
@@ -58,6 +60,7 @@ class ServerSettings:
     tls_key: Path | None = setting(None, "PEM file with its private key", kind=Path)
     tls_client_ca: Path | None = setting(None, "PEM authority whose certificates clients must show", kind=Path)
     response_cache_mib: int = setting(0, "memory for answers that are kept; 0 keeps none")
+    otlp: str = setting("", "http://HOST:4318 of an OpenTelemetry collector, which gets a trace of every request")
 
     def __post_init__(self) -> None:
         for name, port in self.ports.items():
@@ -72,6 +75,10 @@ class ServerSettings:
             raise TritonError(f"model_control is {self.model_control}; there are {' and '.join(MODEL_CONTROL)}")
         if self.response_cache_mib < 0:
             raise TritonError(f"response_cache_mib is {self.response_cache_mib}; it must be 0 or more")
+        try:
+            traces_url(self.otlp or "http://localhost")
+        except ValueError as error:
+            raise TritonError(str(error)) from error
         self._check_files()
 
     def _check_files(self) -> None:

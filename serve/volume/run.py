@@ -19,6 +19,7 @@ from serve.volume.space import require_space
 from serve.volume.work import PICTURE_FILE, Run, marks_of, produce, slice_mark
 from unet.errors import warn
 from unet.intensity import find_windows
+from unet.tracing import span
 from unet.volume import Volume, open_volume
 from unet.volume.overlay import made_by
 
@@ -50,7 +51,7 @@ def windows_of(volume: Volume, request: Request) -> Windows:
 
     What tells it from another is found meanwhile: what both need comes from the disk once.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with span("find window"), ThreadPoolExecutor(1) as pool:
         fingerprint = pool.submit(volume.fingerprint)
         windows = find_windows(volume, request.window)
         fingerprint.result()
@@ -140,8 +141,9 @@ def _work(run: Run, partial: Partial, segment_bands: SegmentBands) -> int:
         )
     # From now on what stands under the final names may be this run's own.
     partial.allow_replacing()
-    for output in outputs:
-        output.publish()
+    with span("publish"):
+        for output in outputs:
+            output.publish()
     if run.request.picture_slice is not None:
         os.replace(partial.folder / PICTURE_FILE, targets[PICTURE])
     return recalled

@@ -15,6 +15,7 @@ from serve.volume.cells import cells_mark
 from serve.volume.outputs import PICTURE, Output, OutputSettings
 from unet import __version__
 from unet.names import DEFAULT_THRESHOLD
+from unet.tracing import span
 from unet.volume import BLOCK_PX
 from unet.volume.overlay import SOFTWARE, exactly, note_in_png, overlay_png, shrink, shrink_factor
 from unet.volume.scaled import Planes, ScaledRows
@@ -115,7 +116,10 @@ class Run:
 
     def job(self, page: int, band: Band) -> Job:
         """A band with its pixels read, in 8 bits."""
-        image = self.windows.apply(page, self.seen.rows(page, band.read0, band.read1))
+        with span("read", slice=page, row=band.read0):
+            rows = self.seen.rows(page, band.read0, band.read1)
+        with span("window", slice=page):
+            image = self.windows.apply(page, rows)
         return Job(page, band, self.plan.tile_size, image, band.read0, self.seen.height)
 
 
@@ -163,8 +167,9 @@ class _Delivery:
         self._bar.update()
 
     def _write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
-        for output in self._outputs:
-            output.write(page, row0, rows)
+        with span("write", slice=page, row=row0):
+            for output in self._outputs:
+                output.write(page, row0, rows)
 
 
 def produce(run: Run, partial: Partial, store: RawStore, outputs: list[Output], segment_bands: SegmentBands) -> int:

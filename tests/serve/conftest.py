@@ -69,7 +69,7 @@ def enter_engine(card: Card) -> None:
 def settings_for(tmp_path: Path) -> Callable[..., ServerSettings]:
     """Makes settings for a server on free ports."""
 
-    def make(repository: Path, **changes: float) -> ServerSettings:
+    def make(repository: Path, **changes: object) -> ServerSettings:
         http, grpc, metrics = free_ports(3)
         return ServerSettings(repository, tmp_path / "triton.log", tmp_path / "state", http, grpc, metrics, **changes)  # type: ignore[arg-type]
 
