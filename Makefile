@@ -10,7 +10,7 @@ PROFILE ?= cpu
 
 HOROVOD := 0.28.1
 TORCH := torch==2.13.0
-EXTRAS := train,export,serve,zarr,n5,http,s3,gs,hdf5,mrc,dask,int8,bioimageio,otlp,docs,dev
+EXTRAS := train,export,serve,zarr,n5,http,s3,gs,hdf5,mrc,dask,int8,bioimageio,otlp,sign,docs,dev
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton
 LOGS := .cache/install
 # Much of the tests' time is waiting for servers. The tests of one file share their servers and networks.
@@ -177,7 +177,7 @@ docs: install  ## the documentation as a site, in site/
 constraints: install  ## resolve constraints.txt and constraints.lock anew, for every supported Python
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --python $(BIN)/python \
 	--index-strategy unsafe-best-match --no-annotate --custom-compile-command "make constraints" \
-	$(foreach extra,train export serve zarr n5 http s3 gs hdf5 mrc dask int8 bioimageio otlp gpu rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.lock
+	$(foreach extra,train export serve zarr n5 http s3 gs hdf5 mrc dask int8 bioimageio otlp sign gpu rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.lock
 	@sed -e '/^    --hash/d' -e 's/ \\$$//' constraints.lock > constraints.txt
 
 .PHONY: install-rtx

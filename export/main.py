@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unet.card.signature import SIGNATURE_FILE, Signer
 from unet.engine.targets import TARGETS
 from unet.errors import command, say
 
@@ -57,6 +58,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="write bioimageio.zip too, a BioImage.IO package for ilastik, deepImageJ and others",
     )
+    parser.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY",
+        help="secret key as `minisign -G` writes it: sign the folder, by a list of every file's SHA-256",
+    )
     return parser.parse_args(argv)
 
 
@@ -64,6 +71,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export from the command line."""
     args = parse_arguments(argv)
+    # A key that cannot be used is said before the work.
+    signer = Signer(args.sign) if args.sign else None
     from export.pipeline import ExportConfig, run
 
     run(
@@ -78,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         say,
     )
+    if signer is not None:
+        signer.sign(args.out)
+        say(f"signed: {args.out / SIGNATURE_FILE}")
     return 0
 
 

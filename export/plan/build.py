@@ -30,6 +30,7 @@ from export.record.provenance import shell, versions
 from export.steps.graph import read_model
 from unet.card import Card
 from unet.card.records import gpu_device
+from unet.card.signature import Signer
 from unet.engine.cpu import CpuEngine, EngineChoice
 from unet.engine.device import gpu
 from unet.engine.library import BuildLog, load_library
@@ -203,8 +204,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=list(TARGETS), default="v100", help="the GPU")
     parser.add_argument("--adopt", type=Path, help="a plan that build_plan.sh built with trtexec, instead of building")
     parser.add_argument("--data_dir", type=Path, help="folder with the *-volume.tif to prove it on")
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="secret minisign key: sign the folder anew")
     chosen = parser.parse_args(argv)
+    signer = Signer(chosen.sign) if chosen.sign else None
     path = build_into(chosen.artefacts, chosen.target, say, adopt=chosen.adopt, data_dir=chosen.data_dir)
+    if signer is not None:
+        signer.sign(chosen.artefacts)
     say(f"built, proven and on the card: {path}")
     return 0
 

@@ -21,6 +21,7 @@ from serve.models.config import (
     engine_file,
     model_config,
 )
+from serve.models.signing import NO_SIGNING, Signing
 from unet.card import CARD_FILE, Card, CardError
 from unet.errors import UnetError, warn
 from unet.files import atomic_directory, atomic_file, remove_directory, take_lock
@@ -56,6 +57,7 @@ def publish(
     *,
     keep: int = KEEP,
     load: Load | None = None,
+    signing: Signing = NO_SIGNING,
 ) -> PublishedVersion:
     """Make artefacts the next version of the model.
 
@@ -68,11 +70,14 @@ def publish(
         settings: how Triton runs the model.
         keep: versions that stay, the new one included; older ones are removed at last.
         load: has a running server take the version; if that fails, the version and its configuration are taken back.
+        signing: whose signature the artefacts must have, and who signs the version.
 
     Raises:
         CardError: an artefact is not what its card says, or there is none for the profile.
+        SignatureError: the artefacts are not what the owner of the key signed.
         RepositoryError: the plan is for another GPU, or the server did not take the version.
     """
+    signing.check(Path(artefacts))
     card = Card.load(artefacts)
     files, texts = _content_of(card, settings)
 
@@ -82,6 +87,8 @@ def publish(
             shutil.copyfile(path, aside / name)
         for name, text in texts.items():
             (aside / name).write_text(text, encoding="utf-8")
+        if signing.signer is not None:
+            signing.signer.sign(aside)
 
     folder = Path(repository) / settings.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +103,7 @@ def rollback(
     *,
     keep: int = KEEP,
     load: Load | None = None,
+    signing: Signing = NO_SIGNING,
 ) -> PublishedVersion:
     """Serve a former version again: a copy of it, with its configuration, becomes the next version.
 
@@ -107,9 +115,11 @@ def rollback(
         version: which to go back to; by default the newest that differs from the present one.
         keep: versions that stay, the new one included.
         load: has a running server take the version; if that fails, it is taken back.
+        signing: whose signature the version must have; the copy keeps it, unless another is asked for.
 
     Raises:
         CardError: the version's files are not what its card says.
+        SignatureError: the version is not what the owner of the key signed.
         RepositoryError: there is no such version, or the server did not take it.
     """
     folder = Path(repository) / name
@@ -120,10 +130,13 @@ def rollback(
         if not (source / CONFIG_FILE).is_file():
             known = ", ".join(map(str, versions_in(folder))) or "none"
             raise RepositoryError(f"{source} is no version to go back to; there are {known}")
+        signing.check(source)
         _verify(source)
 
         def fill(aside: Path) -> None:
             shutil.copytree(source, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            if signing.signer is not None:
+                signing.signer.sign(aside)
 
         return _release(folder, fill, keep, load)
 
@@ -197,7 +210,7 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
     former = config.read_bytes() if config.exists() else None
     with atomic_directory(path) as aside:
         fill(aside)
-    _replace(config, _served_config(folder, version, keep).encode())
+    _replace(config, served_config(folder, version, keep).encode())
     if load is not None:
         try:
             load(folder.name, version)
@@ -214,7 +227,7 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
     return PublishedVersion(path, version)
 
 
-def _served_config(folder: Path, version: int, keep: int) -> str:
+def served_config(folder: Path, version: int, keep: int) -> str:
     """A version's configuration, completed for the version before it, which is served on.
 
     So a client that began with that one finishes with it. The configuration says what a client must know of

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from serve.models.backend import ENGINE_FILE, PYTHON_BACKEND, engine_text
 from serve.models.config import CONFIG_FILE
 from serve.models.library import OWN_BACKEND, own_library
-from serve.models.publish import versions_in
+from serve.models.publish import served_config, versions_in
 from serve.server.guard import SHARED_MEMORY
 from serve.server.install import TritonError
 from serve.server.offers import SHARED_MEMORY_REMEDY
 from unet.card import CARD_FILE, Card
+from unet.card.signature import BYTECODE, SignatureError, verify
 from unet.engine.cpu import EngineChoice
 from unet.engine.memory import bytes_per_pixel, total_memory
 from unet.files import sha256_of
@@ -29,10 +30,15 @@ _LFS_POINTER = b"version https://git-lfs"
 _COPY_MIB = 1
 
 
-def check_repository(repository: Path) -> list[str]:
+def check_repository(repository: Path, public_key: Path | None = None) -> list[str]:
     """The names of the models in a repository, each of which is complete and has room to run.
 
+    Args:
+        repository: folder of the models.
+        public_key: file with the key that must have signed them; None takes unsigned ones.
+
     Raises:
+        SignatureError: a version is not what the owner of the key signed.
         TritonError: there is no model, or one that this server could not load; it says what to do.
         CardError: a model's network is not the file that its card describes.
         RepositoryError: a version's folder has a name that Triton does not take.
@@ -44,9 +50,44 @@ def check_repository(repository: Path) -> list[str]:
         )
     configs = [_parse(path) for path in paths]
     for path, config in zip(paths, configs):
+        if public_key is not None:
+            check_signed(path.parent, public_key)
         _check_model(path, config)
     _check_shared_memory(configs)
     return [path.parent.name for path in paths]
+
+
+def check_signed(model: Path, public_key: Path) -> None:
+    """Refuse a model unless the owner of a key signed each served version, and so all that its configuration says.
+
+    Args:
+        model: the model's folder.
+        public_key: file with the key.
+
+    Raises:
+        SignatureError: naming the file that was not signed, or is another one.
+    """
+    from google.protobuf import text_format
+
+    path, versions = model / CONFIG_FILE, versions_in(model)
+    config = _parse(path)
+    served = versions[-max(1, config.version_policy.latest.num_versions) :]
+    for version in served:
+        verify(model / str(version), public_key)
+        _remove_bytecode(model / str(version))
+    # The configuration of all is no file of a version: it follows from what is signed in each.
+    if not served or config != text_format.Parse(served_config(model, served[-1], keep=len(served)), type(config)()):
+        raise SignatureError(f"{path} is not what the signed versions say: publish the model again")
+
+
+def _remove_bytecode(version: Path) -> None:
+    for folder in sorted(version.rglob(BYTECODE)):
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise SignatureError(
+                f"{folder} was not signed, and Python would run it; it cannot be removed ({error.strerror}): remove it"
+            ) from error
 
 
 def _check_model(path: Path, config: Any) -> None:

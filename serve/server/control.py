@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serve.server.check import check_signed
 from serve.server.guard import ADMIN_KEY_HEADER
 from serve.server.install import TritonError
 from serve.server.settings import read_admin_key
 from serve.server.state import ServerState, load_state, server_name
+from unet.errors import UnetError
 from unet.geometry import output_size
 from unet.names import INPUT, OUTPUT
 
@@ -68,6 +70,7 @@ class ModelControl:
         Raises:
             TritonError: the server does not answer, or could not load it; the former version then stays.
         """
+        self._check_signed(model)
         with self._client(self._load_timeout_s, f"load {model}") as client:
             client.load_model(model, headers=self._headers)
             if not client.is_model_ready(model, str(version), headers=self._headers):
@@ -79,9 +82,18 @@ class ModelControl:
         Raises:
             TritonError: the server does not answer, or could not load it.
         """
+        self._check_signed(model)
         with self._client(self._load_timeout_s, f"reload {model}") as client:
             client.unload_model(model, headers=self._headers)
             client.load_model(model, headers=self._headers)
+
+    def _check_signed(self, model: str) -> None:
+        """Refuse what was not signed, where the server was started with --require_signature."""
+        if self._state.public_key:
+            try:
+                check_signed(Path(self._state.repository) / model, Path(self._state.public_key))
+            except UnetError as error:
+                raise TritonError(f"{model} is not loaded: {error}") from error
 
     def canary(self, model: str, timeout_s: float) -> None:
         """Have a model segment one tile of noise of its smallest size.

@@ -68,7 +68,7 @@ class TritonServer:
             TritonError: there is nothing to serve, one runs already, a port is taken, or the server ends or hangs;
                 then its log's end is in the message.
         """
-        models = check_repository(self.settings.repository)
+        models = check_repository(self.settings.repository, self.settings.require_signature)
         settings = self.settings = self.settings.resolved()
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         _require_disk(settings.state_dir)
@@ -132,6 +132,7 @@ class TritonServer:
                 "log": str(settings.log.resolve()),
                 "model_control": settings.model_control,
                 "admin_key_file": str(key_file.resolve()),
+                "public_key": str(settings.require_signature.resolve()) if settings.require_signature else "",
             },
         }
         with settings.log.open("wb") as log:

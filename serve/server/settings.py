@@ -40,6 +40,7 @@ class ServerSettings:
         tls_cert: PEM file with the server's certificate; gRPC is encrypted then, and HTTP tells health only.
         tls_key: PEM file with its private key.
         tls_client_ca: PEM file with the authority whose certificates clients must show.
+        require_signature: file with a public key of minisign's, which must have signed every version that is served.
         response_cache_mib: memory for answers that are kept; 0 keeps none.
         otlp: http address of an OpenTelemetry collector that gets a trace of every request; empty for none.
     """
@@ -59,6 +60,7 @@ class ServerSettings:
     tls_cert: Path | None = setting(None, "PEM certificate for gRPC; HTTP then tells health only", kind=Path)
     tls_key: Path | None = setting(None, "PEM file with its private key", kind=Path)
     tls_client_ca: Path | None = setting(None, "PEM authority whose certificates clients must show", kind=Path)
+    require_signature: Path | None = setting(None, "minisign public key that must have signed the models", kind=Path)
     response_cache_mib: int = setting(0, "memory for answers that are kept; 0 keeps none")
     otlp: str = setting("", "http://HOST:4318 of an OpenTelemetry collector, which gets a trace of every request")
 
@@ -84,7 +86,7 @@ class ServerSettings:
     def _check_files(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_cert):
             raise TritonError("tls_cert and tls_key go together, and tls_client_ca needs both")
-        for path in (self.admin_key_file, self.tls_cert, self.tls_key, self.tls_client_ca):
+        for path in (self.admin_key_file, self.tls_cert, self.tls_key, self.tls_client_ca, self.require_signature):
             if path is not None and not os.access(path, os.R_OK):
                 raise TritonError(f"{path} does not exist or cannot be read: name another file")
 

@@ -43,6 +43,7 @@ class ServerState:
         address: IP address of gRPC and the metrics.
         http_address: IP address of HTTP.
         links: folder of links that the server was started with; empty if it needed none.
+        public_key: file with the key that must have signed what it loads; empty if none must.
     """
 
     guard_pid: int
@@ -62,6 +63,7 @@ class ServerState:
     log: str
     model_control: str
     admin_key_file: str
+    public_key: str
 
     @property
     def grpc_url(self) -> str:

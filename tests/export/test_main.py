@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import minisign
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ from export.record.folder import sole_writer
 from export.record.provenance import versions
 from unet.card import Card, CardError
 from unet.card.records import Proof
+from unet.card.signature import verify
 from unet.engine.cpu import load_engine
 from unet.files import atomic_directory, sha256_of, write_json
 
@@ -164,6 +166,24 @@ def test_a_refused_export_leaves_the_former_artefacts(
     assert sentence in capsys.readouterr().err
     assert sha256_of(artefacts) == before
     assert [path.name for path in artefacts.parent.iterdir()] == [artefacts.name]
+
+
+def test_a_signed_export_covers_every_file_and_a_bad_key_is_said_before_the_work(
+    model_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = minisign.KeyPair.generate()
+    secret, public, out = tmp_path / "ours.key", tmp_path / "ours.pub", tmp_path / "artefacts"
+    secret.write_bytes(bytes(pair.secret_key))
+    public.write_bytes(bytes(pair.public_key))
+    assert export(model_dir, out, "--data_dir", data_dir, "--sign", public) == 2
+    assert capsys.readouterr().err.startswith(f"error: {public} is not a secret key of minisign's")
+    assert not out.exists()
+    assert export(model_dir, out, "--data_dir", data_dir, "--sign", secret) == 0
+    verify(out, public)
+    listed = {line.split("  ")[1] for line in (out / "SHA256SUMS").read_text().splitlines()}
+    assert {"card.json", "card.md", "model.onnx", "model.fp16.onnx", "saved_model/saved_model.pb"} <= listed
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert files - listed == {"SHA256SUMS", "SHA256SUMS.minisig"}
 
 
 @pytest.mark.slow
