@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from unet.engine.targets import TARGETS, TENSORRT, TRITON, same_release, target_of
+from unet.engine.targets import LEAST_DRIVER, TARGETS, TENSORFLOW_CUDA, TENSORRT, TRITON, same_release, target_of
 from unet.machine import Gpu, cpu_amp_dtype, instruction_sets, machine, numa_nodes, parse_gpus, run_tool
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def look_at_gpus() -> tuple[list[Gpu], list[Finding]]:
     )
     if said is None:
         why = "no NVIDIA driver answers" if shutil.which("nvidia-smi") else "no NVIDIA driver (nvidia-smi) is installed"
-        remedy = "the CPU profile needs none; for the GPU profiles install NVIDIA's driver 535 or newer"
+        remedy = f"the CPU profile needs none; for the GPU profiles install NVIDIA's driver {LEAST_DRIVER} or newer"
         return [], [
             Finding("GPU", ABSENT, why, remedy),
             Finding("driver", ABSENT, "none"),
@@ -97,10 +97,15 @@ def look_at_gpus() -> tuple[list[Gpu], list[Finding]]:
         ]
     gpus = parse_gpus(said)
     driver = gpus[0].driver
-    new_enough = int(driver.split(".")[0]) >= 535
+    new_enough = int(driver.split(".")[0]) >= LEAST_DRIVER
     return gpus, [
         Finding("GPU", OK, ", ".join(f"{gpu.name}, {gpu.memory_mib} MiB" for gpu in gpus)),
-        Finding("driver", OK if new_enough else WRONG, driver, "" if new_enough else "CUDA 12.2 wants 535 or newer"),
+        Finding(
+            "driver",
+            OK if new_enough else WRONG,
+            driver,
+            "" if new_enough else f"CUDA {TENSORFLOW_CUDA} wants {LEAST_DRIVER} or newer",
+        ),
         *(_judge_capability(gpu) for gpu in gpus),
     ]
 

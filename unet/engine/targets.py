@@ -1,6 +1,7 @@
-"""Which GPU is served how: the one table of compute capability, TensorRT, Triton, profile and memory.
+"""Which GPU is served how, and which versions belong together: TensorFlow, Triton, TensorRT, CUDA, compute capability.
 
-Export, publishing, doctor and docs read it. A plan runs only in the TensorRT that built it, so the release of Triton
+Export, publishing, doctor, docs, images and pins have these versions; ``tests/unet/engine/test_targets.py`` compares
+them. A plan runs only in the TensorRT that built it, so the release of Triton
 that serves decides which TensorRT builds.
 """
 
@@ -10,6 +11,64 @@ from dataclasses import dataclass
 
 # Of NVIDIA's container tritonserver:24.09-py3, the last that serves a Volta; TensorRT 10.5 dropped it.
 TRITON, TENSORRT = "24.09", "10.4.0"
+# The server and its client in that container and in the wheel nvidia-pytriton.
+TRITON_SERVER = "2.50.0"
+TENSORFLOW, TENSORFLOW_CUDA = "2.15.1", "12.2"
+TENSORRT_RTX = "1.7.1.116"
+# NVIDIA's, for that CUDA; data-center GPUs run the container's CUDA with it too.
+LEAST_DRIVER = 535
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the stack, as the docs show it.
+
+    Attributes:
+        name: the part, and what it is for.
+        version: the one that is used, or the first that would be.
+        cuda: that it brings along or needs.
+        compute_capability: of the GPUs that it is for.
+        known_from: where that is known from, and whether it was run.
+    """
+
+    name: str
+    version: str
+    cuda: str
+    compute_capability: str
+    known_from: str
+
+
+PARTS = (
+    Part(
+        "TensorFlow: training, export",
+        TENSORFLOW,
+        f"{TENSORFLOW_CUDA}, cuDNN 8",
+        "has kernels for 7.0; compiles those for 9.0 when it starts",
+        "7.0: the wheel; 9.0: run on an H100",
+    ),
+    Part(
+        "Triton: serving",
+        f"{TRITON}, which is {TRITON_SERVER}",
+        "12.6",
+        "7.0 and newer",
+        "NVIDIA's compatibility page; the wheel's server was run on CPUs, the container was not run",
+    ),
+    Part("TensorRT in it", TENSORRT, "12.6", "7.0 and newer", "NVIDIA's release notes; not run"),
+    Part(
+        "any newer Triton, whose TensorRT is 10.5 or newer",
+        "24.10",
+        "12.6 and newer",
+        "7.5 and newer, for plans",
+        "TensorRT's release notes, 10.5 removed 7.0; not run. NVIDIA's page on 24.10 still says 6.0 for the container",
+    ),
+    Part(
+        "TensorRT-RTX: checks of the graph without a GPU",
+        TENSORRT_RTX,
+        "12",
+        "7.5 to 12.1, without 9.0",
+        "its builder was run; an H100 was refused",
+    ),
+)
 
 
 @dataclass(frozen=True)
