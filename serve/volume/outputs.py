@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from serve.segment.errors import ClientError
 from serve.volume.cells import cells_mark, components, find_cells, label, pages_above, table_of
+from unet.scores import agglomerate
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
 from unet.volume.opening import beside
-from unet.volume.overlay import membrane_overlay
+from unet.volume.overlay import exactly, membrane_overlay
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,8 @@ class OutputSettings:
         made_by: how the files were made, for their tags; ASCII.
         link: share of what two segments cover together that both must cover to be one cell of "labels3d".
         min_voxels: of such a cell.
+        agglomerate: below which mean probability of membrane pieces of a cell of "labels" are put together; None for
+            plain segments.
     """
 
     kinds: tuple[str, ...]
@@ -53,10 +56,13 @@ class OutputSettings:
     made_by: str
     link: float = 0.0
     min_voxels: int = 1
+    agglomerate: float | None = None
 
     def made_by_for(self, kind: str) -> str:
         """How the file of one kind was made."""
-        return self.made_by + (cells_mark(self.link, self.min_voxels) if kind == "labels3d" else "")
+        if kind == "labels3d":
+            return self.made_by + cells_mark(self.link, self.min_voxels)
+        return self.made_by + (labels_mark(self.agglomerate) if kind == "labels" else "")
 
     def dtype_of(self, kind: str, target: Path) -> np.dtype[Any]:
         """The pixel format of one kind."""
@@ -72,6 +78,11 @@ def target_of(source: Path, kind: str, folder: Path | None) -> Path:
     # An RGB volume has no agreed place among OME-Zarr's axes.
     extension = ".tif" if kind == "overlay" and suffix == ".zarr" else suffix
     return (folder or beside(source)[0]) / f"{stem}-{kind}{extension}"
+
+
+def labels_mark(agglomerate: float | None) -> str:
+    """What the tag of labels says beside the rest."""
+    return "" if agglomerate is None else f"; agglomerated below {exactly(agglomerate)}"
 
 
 def stem_of(source: Path) -> tuple[str, str]:
@@ -151,7 +162,11 @@ class Output:
             ClientError: if the slice has more segments than the labels' pixels can number.
         """
         if self.kind == "labels":
-            if len(self._bands) == 1:
+            if self._settings.agglomerate is not None:
+                rows = [to_float32(store.read(page, band.row0, band.row1)) for band in self._bands]
+                cells = agglomerate(np.concatenate(rows), self._settings.threshold, self._settings.agglomerate)
+                self._canvas.write(page, 0, self._numbered(page, *cells))
+            elif len(self._bands) == 1:
                 mask = self._mask(store, page, self._bands[0])
                 self._canvas.write(page, 0, self._numbered(page, *label(mask)))
             else:

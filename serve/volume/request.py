@@ -61,6 +61,8 @@ class Request:
         link: share of what two segments of neighbouring slices cover together that both must cover to be one cell of
             "labels3d" (intersection over union); 0 for any pixel, which gives the 6-connected components.
         min_voxels: of such a cell; smaller ones are left out.
+        agglomerate: of "labels": segments are cut at their narrow places, and pieces are put together where the mean
+            probability of membrane along their border is below this; None for plain segments.
         window: intensities that become 0 and 255, or how they are found; see ``unet.intensity.find_windows``.
         picture_slice: the slice that is drawn as a PNG, or None.
         resample: scale slices to the network's pixel size, and what is found of them back.
@@ -80,6 +82,9 @@ class Request:
     label_dtype: str = setting("uint16", "of labels", choices=LABEL_DTYPES)
     link: float = setting(0.0, "intersection over union that makes segments of neighbouring slices one cell")
     min_voxels: int = setting(1, "of a cell of labels3d; smaller ones are left out")
+    agglomerate: float | None = setting(
+        None, "of labels: cut cells at narrow places, join where the border is membrane with less than this", kind=float
+    )
     window: WindowChoice = None
     picture_slice: int | None = 0
     resample: bool = setting(False, "scale slices to the network's pixel size, and the results back")
@@ -97,6 +102,8 @@ class Request:
             raise ClientError(
                 f"--link {self.link:g} must be from 0 to 1, and --min_voxels {self.min_voxels} must be at least 1"
             )
+        if self.agglomerate is not None and "labels" not in self.kinds:
+            raise ClientError("--agglomerate is for --output labels: add that, or leave it out")
         if not self.shard_mpx > 0:
             raise ClientError(f"--shard_mpx is {self.shard_mpx:g}; it must be positive")
 

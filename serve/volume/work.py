@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from serve.segment.bands import Band, Job, bands_of
 from serve.volume.cells import cells_mark
-from serve.volume.outputs import PICTURE, Output, OutputSettings
+from serve.volume.outputs import PICTURE, Output, OutputSettings, labels_mark
 from unet import __version__
 from unet.names import DEFAULT_THRESHOLD
+from unet.scores import check_limit
 from unet.tracing import span
 from unet.volume import BLOCK_PX
 from unet.volume.overlay import SOFTWARE, exactly, note_in_png, overlay_png, shrink, shrink_factor
@@ -65,6 +66,8 @@ class Run:
         self.bands = self.written = bands_of(self.plan)
         if self.is_scaled:
             self.written = bands_of(self.segmenter.plan(self.volume.height, self.volume.width))
+        if self.request.agglomerate is not None:
+            check_limit(self.threshold, self.request.agglomerate)
 
     @property
     def is_scaled(self) -> bool:
@@ -99,7 +102,7 @@ class Run:
         made = f"{SOFTWARE} {__version__}; model version {served.version}{card}{own}; {self.marks}"
         request = self.request
         how = request.kinds, self.threshold, request.label_dtype, self.windows, made
-        return OutputSettings(*how, request.link, request.min_voxels)
+        return OutputSettings(*how, request.link, request.min_voxels, request.agglomerate)
 
     @property
     def threshold(self) -> float:
@@ -137,6 +140,8 @@ def slice_mark(request: Request, kind: str) -> str:
     """What the tag of one kind says beside that."""
     if kind == "labels3d":
         return cells_mark(request.link, request.min_voxels)
+    if kind == "labels":
+        return labels_mark(request.agglomerate)
     return f"; slice {request.picture_slice}" if kind == PICTURE else ""
 
 

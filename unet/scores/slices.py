@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unet.errors import UnetError
+from unet.scores.agglomeration import agglomerate
 from unet.volume import NOT_ANNOTATED
 
 if TYPE_CHECKING:
@@ -56,12 +57,16 @@ def thinned_segments(proposal: npt.NDArray[np.bool_]) -> npt.NDArray[np.integer[
         Segment numbers from 1 on, [H, W]; 0 on the lines, and everywhere if the mask is empty.
     """
     import scipy.ndimage
+
+    return _thinned(scipy.ndimage.label(proposal)[0])
+
+
+def _thinned(segments: npt.NDArray[Any]) -> npt.NDArray[np.integer[Any]]:
     from skimage.segmentation import watershed
 
-    seeds, count = scipy.ndimage.label(proposal)
-    if count == 0:
-        return np.asarray(seeds)
-    return np.asarray(watershed((~proposal).astype(np.uint8), seeds, connectivity=1, watershed_line=True))
+    if not segments.any():
+        return np.asarray(segments)
+    return np.asarray(watershed((segments == 0).astype(np.uint8), segments, connectivity=1, watershed_line=True))
 
 
 def v_rand_v_info(proposal: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
@@ -77,6 +82,10 @@ def v_rand_v_info(proposal: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_])
     Raises:
         UnetError: if the truth has no foreground.
     """
+    return _compared(thinned_segments(proposal), truth)
+
+
+def _compared(thin: npt.NDArray[np.integer[Any]], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
     import scipy.ndimage
     import scipy.sparse
 
@@ -86,7 +95,7 @@ def v_rand_v_info(proposal: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_])
     if pixels == 0:
         raise UnetError("a label slice without any non-membrane pixel cannot be scored: leave it out")
     a = objects[inside]
-    b = thinned_segments(proposal)[inside]
+    b = thin[inside]
     kept = b > 0
     # A line pixel inside true foreground is a segment of its own; u is their share.
     u = 1 - int(kept.sum()) / pixels
@@ -230,3 +239,27 @@ def score_stack(
         pixel_error(probability, labels, threshold),
         float(threshold),
     )
+
+
+def score_agglomerated(
+    probability: npt.NDArray[Any], labels: npt.NDArray[Any], threshold: float, merge_below: float
+) -> tuple[float, float]:
+    """V_rand thin and V_info thin of agglomerated cells, the means over the slices of a stack.
+
+    Args:
+        probability: of "not membrane", [n, H, W].
+        labels: 0 membrane, 1 not, 255 not annotated, [n, H, W].
+        threshold: chosen before, on other slices.
+        merge_below: see `unet.scores.agglomeration.agglomerate`.
+
+    Raises:
+        UnetError: if a label slice has no foreground.
+    """
+    scores = []
+    for found, label in zip(probability, labels):
+        annotated = label != NOT_ANNOTATED
+        # What nobody annotated separates in the proposal as it does in the label.
+        cells, _ = agglomerate(np.where(annotated, found, 0), threshold, merge_below)
+        scores.append(_compared(_thinned(cells), (label != 0) & annotated))
+    v_rand, v_info = np.mean(scores, axis=0)
+    return float(v_rand), float(v_info)

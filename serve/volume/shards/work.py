@@ -254,6 +254,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "windows": {"each": each, "shared_by": run.windows.shared_by},
         "output": list(request.kinds),
         "label_dtype": request.label_dtype,
+        "agglomerate": request.agglomerate,
         "picture_slice": request.picture_slice,
         "shard_mpx": request.shard_mpx,
         "settings": run.output_settings.made_by,

@@ -24,6 +24,7 @@ from serve.volume.outputs import Output, OutputSettings, target_of, to_float32
 from serve.volume.partial import RawStore
 from unet.geometry import plan_tiles
 from unet.intensity import Windows
+from unet.scores import agglomerate
 from unet.volume import StackReader
 from unet.volume.overlay import membrane_overlay
 
@@ -83,6 +84,56 @@ def test_every_output_keeps_size_and_scale(url: str, tmp_path: Path, flavour: st
             else:
                 assert [page.tags[name].value for name in ("XResolution", "YResolution", "ResolutionUnit")] == scale
             assert "intensity window as they are; threshold 0.4; views 1" in page.software
+
+
+def test_cells_that_a_gap_joins_are_told_apart(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.full((2, 300, 41), 250, np.uint8)
+    images[:, :, 20] = 5
+    images[:, 10:13, 20] = 153  # 0.6
+    images[1] = images[1].T.reshape(41, 300).T[::-1]
+    source = tmp_path / "v.tif"
+    tifffile.imwrite(source, images, photometric="minisblack")
+    words = [str(source), "--url", url, "--output", "labels", "--threshold", "0.5", "--agglomerate", "0.2"]
+    assert main(words) == 0
+    found = tifffile.imread(tmp_path / "v-labels.tif")
+    for page, plane in zip(found, expected(images)):
+        assert scipy.ndimage.label(plane > 0.5)[1] == 1
+        cells, count = agglomerate(plane, 0.5, 0.2)
+        assert count == 2
+        np.testing.assert_array_equal(page, cells)
+    with tifffile.TiffFile(tmp_path / "v-labels.tif") as tiff:
+        assert tiff.pages.first.software.endswith("; agglomerated below 0.2")
+    # It is the same by bands, is done when it is done, and not when another limit is asked for.
+    capsys.readouterr()
+    assert main([*words, "--resume"]) == 0
+    assert "is done already" in capsys.readouterr().err
+    assert main([*words[:-1], "0.3", "--resume"]) == 2
+    assert "v-labels.tif exists already" in capsys.readouterr().err
+    monkeypatch.setattr(bands_module.bands_of, "__defaults__", (4_000,))
+    assert main([*words, "--output_dir", str(tmp_path / "bands")]) == 0
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "bands" / "v-labels.tif"), found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--output", "labels", "--agglomerate", "1.5"], "--agglomerate is 1.5; it must be from 0 to 1, and 0.2 suits"),
+        (["--output", "mask", "--agglomerate", "0.2"], "--agglomerate is for --output labels"),
+        (
+            ["--output", "labels", "--agglomerate", "0.2", "--threshold", "0.8"],
+            "--agglomerate 0.2 changes nothing at the threshold 0.8: give a --threshold below 0.8, such as 0.5",
+        ),
+    ],
+)
+def test_a_limit_that_cannot_be_meant_is_refused(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
+) -> None:
+    tifffile.imwrite(tmp_path / "v.tif", np.zeros((1, 60, 60), np.uint8), photometric="minisblack")
+    assert main([str(tmp_path / "v.tif"), "--url", url, *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["v.tif"]
 
 
 def test_the_window_is_said_and_recorded(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
