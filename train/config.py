@@ -105,6 +105,9 @@ class TrainConfig:
     checkpoint_every: int = setting(500, "steps between two checkpoints; the last step always writes one")
     resume: bool = setting(False, "continue from the newest checkpoint in --model_dir, or start if there is none")
     tta: bool = setting(False, "predict and evaluate with the mean over mirrorings and quarter turns")
+    also: str = setting(
+        "", "predict and evaluate with the mean of this network and of those of other runs: their folders, with commas"
+    )
     fp16_compression: bool = setting(False, "send gradients between ranks as float16")
     preview_augmentation: str = setting("", "write a picture of the first training windows to this PNG, then stop")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,18 @@ def make_predictor(model: tf.keras.Model) -> Predictor:
         return probability
 
     return predict
+
+
+def average_over_networks(predictors: Sequence[Predictor]) -> Predictor:
+    """A predictor that averages over several networks."""
+
+    def averaged(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        total = np.zeros(image.shape, np.float32)
+        for predict in predictors:
+            total += predict(image)
+        return total / len(predictors)
+
+    return predictors[0] if len(predictors) == 1 else averaged
 
 
 def average_over_symmetries(predict: Predictor) -> Predictor:

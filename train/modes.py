@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from train.charts import augmentation_sheet, learning_curve, threshold_curve
 from train.config import TrainConfig, config_of
-from train.evaluation import average_over_symmetries, make_predictor
+from train.errors import TrainError
+from train.evaluation import average_over_networks, average_over_symmetries, make_predictor
 from train.input.dataset import windows_of
 from train.input.pairs import find_test
 from train.input.split import load_data
@@ -36,7 +37,7 @@ from unet.intensity import find_windows
 from unet.volume import StackWriter, open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from train.evaluation import Predictor
     from train.input.split import Data
@@ -189,17 +190,51 @@ def _finish(config: TrainConfig, run: Run, log: RunLog, step: int, data: Data) -
     )
 
 
-def _trained_predictor(config: TrainConfig, run: Run) -> Predictor:
-    model = build_unet(config.base_filters, precision=precision_of(config))
-    run.load_trained(model)
-    predict = make_predictor(model)
+def _trained_predictor(config: TrainConfig, runs: Sequence[Run]) -> Predictor:
+    """The mean of the runs' networks, the first of which ``config`` is about."""
+    predictors = []
+    for run in runs:
+        own = config if run is runs[0] else config_of(run.record["settings"])
+        model = build_unet(own.base_filters, precision=precision_of(own))
+        run.load_trained(model)
+        predictors.append(make_predictor(model))
+    predict = average_over_networks(predictors)
     return average_over_symmetries(predict) if config.tta else predict
+
+
+def _with_others(config: TrainConfig, run: Run) -> list[Run]:
+    """The run and those of ``--also``, which see the same intensities.
+
+    Raises:
+        TrainError: a folder holds no run, or its network saw other intensities.
+    """
+    others = [Run(folder.strip()) for folder in config.also.split(",") if folder.strip()]
+    for other in others:
+        if not other.record:
+            raise TrainError(f"{other.folder} holds no training run: name the --model_dir of one with --also")
+        window = config_of(other.record["settings"]).window
+        if window != config.window:
+            raise TrainError(
+                f"the network in {other.folder} was trained with --window '{window}', the one in {run.folder} with "
+                f"'{config.window}': their mean needs the same intensities"
+            )
+    return [run, *others]
+
+
+def _require_held_out(runs: Sequence[Run]) -> None:
+    """Refuse to call slices held out that one of the networks was trained on."""
+    for other in runs[1:]:
+        if other.record.get("held_out") != runs[0].record.get("held_out"):
+            raise TrainError(
+                f"{other.folder} held out {other.record.get('held_out') or 'nothing'}, and {runs[0].folder} "
+                f"{runs[0].record.get('held_out')}: scores of their mean would be of slices that one of them has seen"
+            )
 
 
 def _predict(config: TrainConfig, run: Run, log: RunLog) -> None:
     """Segment `test-volume.tif` of the data folder into ``model_dir/eval``."""
     source = find_test(config.data_dir)
-    predict = _trained_predictor(config, run)
+    predict = _trained_predictor(config, _with_others(config, run))
     target = run.folder / "eval" / "test-probability.tif"
     with open_volume(source) as reader:
         windows = find_windows(reader, config.window_choice)
@@ -211,8 +246,10 @@ def _predict(config: TrainConfig, run: Run, log: RunLog) -> None:
 
 def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
     """Score the slices that the run held out, or those that it was trained on if it held out none."""
-    data = load_data(config, run.record)
-    predict = _trained_predictor(config, run)
+    data, runs = load_data(config, run.record), _with_others(config, run)
+    if data.held_out:
+        _require_held_out(runs)
+    predict = _trained_predictor(config, runs)
     by_shape: dict[tuple[int, ...], list[Slice]] = {}
     for item in data.held_out or data.training:
         by_shape.setdefault(item.label.shape, []).append(item)
@@ -220,7 +257,8 @@ def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
         scores = tally(predict, items)
         kind = "held-out" if data.held_out else "training"
         target = run.folder / "eval" / f"scores-{height}x{width}.json"
-        record = {"slices": len(items), "held_out": bool(data.held_out), **scores.as_dict(run.threshold)}
+        kept = {"held_out": bool(data.held_out), "networks": len(runs)}
+        record = {"slices": len(items), **kept, **scores.as_dict(run.threshold)}
         text = (
             "at the threshold {threshold} that {by} chose: V_rand {v_rand_at_threshold:.4f}, V_info "
             "{v_info_at_threshold:.4f}, Dice of the membrane {dice:.4f}, pixel error {pixel_error:.4f}; the "

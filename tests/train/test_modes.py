@@ -82,6 +82,55 @@ def test_evaluate_and_predict_need_no_more_than_the_folder(
     assert 0 <= probability.min() < probability.max() <= 1
 
 
+def test_the_mean_of_networks_is_the_mean_of_their_answers(
+    trained: Path, phantom_dir: Path, tmp_path: Path, main: Main
+) -> None:
+    one = Path(shutil.copytree(trained, tmp_path / "one"))
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    shutil.rmtree(other / "best")
+    larger = build_unet(3, seed=5)
+    Checkpoints(other / "checkpoints", model=larger).save(10_000)
+    record = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**record, "settings": {**record["settings"], "base_filters": 3}}))
+    line = (f"--model_dir={one}", f"--data_dir={phantom_dir}", f"--also={other}")
+    answers = []
+    for flags in (line[:2], line, (f"--model_dir={other}", line[1])):
+        done = main("--exec_mode=predict", *flags)
+        assert done.returncode == 0, done.stderr
+        answers.append(tifffile.imread((other if flags[0] != line[0] else one) / "eval" / "test-probability.tif"))
+    assert np.abs(answers[0] - answers[2]).max() > 0.05
+    np.testing.assert_allclose(answers[1], (answers[0] + answers[2]) / 2, atol=1e-6)
+    done = main("--exec_mode=evaluate", *line)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((one / "eval" / "scores-96x96.json").read_text())
+    assert (scores["networks"], scores["held_out"], scores["slices"]) == (2, True, 1)
+    # The record of a run does not keep what one command was about.
+    assert json.loads((one / "config.json").read_text())["settings"].get("also", "") == ""
+    # What the other network was trained on is not held out.
+    held_out = {"train-volume.tif": [0]}
+    (other / "config.json").write_text(
+        json.dumps({**json.loads((other / "config.json").read_text()), "held_out": held_out})
+    )
+    done = main("--exec_mode=evaluate", *line)
+    assert done.returncode == 2
+    assert "scores of their mean would be of slices that one of them has seen" in done.stderr
+
+
+def test_a_folder_without_a_run_has_no_network_to_add(
+    trained: Path, phantom_dir: Path, tmp_path: Path, main: Main
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    done = main("--exec_mode=predict", f"--model_dir={run}", f"--data_dir={phantom_dir}", f"--also={tmp_path / 'none'}")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'none'} holds no training run: name the --model_dir of one with --also" in done.stderr
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    record = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**record, "settings": {**record["settings"], "window": "slice"}}))
+    done = main("--exec_mode=predict", f"--model_dir={run}", f"--data_dir={phantom_dir}", f"--also={other}")
+    assert done.returncode == 2
+    assert "was trained with --window 'slice'" in done.stderr
+
+
 def test_a_diverged_network_predicts_nothing(trained: Path, phantom_dir: Path, tmp_path: Path, main: Main) -> None:
     """Its weights are finite, so nothing was refused before; its answers are not."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))

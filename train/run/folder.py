@@ -25,7 +25,7 @@ RECORD = "config.json"
 _LOCK = ".lock"
 LOGGER = logging.getLogger(__name__)
 # Settings that are about one command, and not about the run that it continues or scores.
-_OF_A_COMMAND = ("exec_mode", "benchmark", "resume", "tta", "preview_augmentation", "model_dir")
+_OF_A_COMMAND = ("exec_mode", "benchmark", "resume", "tta", "also", "preview_augmentation", "model_dir")
 
 
 class Run:
