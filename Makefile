@@ -147,8 +147,9 @@ test-slow: install  ## the tests that take longer
 	@$(BIN)/python -m pytest -m "slow and not gpu and not images"
 
 .PHONY: torture
-torture: install  ## 100,000 damaged files for every reader; the counts come into torture.md (about half an hour)
+torture: install  ## damaged files for every reader, faults of the disk for every writer; counts in torture.md (two hours)
 	@$(BIN)/python -m tests.torture.fuzz --inputs 100000 --out torture.md
+	@$(BIN)/python -m tests.torture.faults.campaign --out torture.md
 
 .PHONY: torture-shards
 torture-shards: install  ## 200 SIGKILLs of tasks, workers, clients and schedulers; every byte compared (TORTURE_FLAGS=)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from unet.card import CARD_FILE, SHORT_HASH, Card
 from unet.engine import EngineError
 from unet.engine.cpu import CpuEngine, EngineChoice, load_engine
 from unet.files import atomic_directory
+from unet.files.copies import copy_files
 from unet.geometry import output_size
 from unet.machine import machine
 from unet.names import BIOIMAGEIO, BIOIMAGEIO_FILE, HALF, HALF_FILE, INT8, INT8_FILE, ONNX, ONNX_FILE, SAVED_MODEL
@@ -147,7 +147,7 @@ def run(config: ExportConfig, report: Callable[[str], None]) -> None:
 def _export(config: ExportConfig, run: TrainingRun, folder: Path, say: Callable[[str], None]) -> Card:
     card = Card(folder)
     card.tile_sizes = config.tile_sizes
-    saved_model = Path(shutil.copytree(run.saved_model, folder / SAVED_MODEL))
+    saved_model = copy_files(run.saved_model, folder / SAVED_MODEL)
     card.record(SAVED_MODEL, saved_model, None, run.repeat, versions=run.versions, held_out=run.held_out)
     source = Source.of(config.data_dir, run.held_out, run.settings, run.threshold)
     evidence, reference = _gather_evidence(source, config.tile_sizes, folder, say)

@@ -26,6 +26,9 @@ EXIT_TERMINATED = 143
 # What a write says when nobody reads the output any more: a closed pipe, a closed terminal, a closed connection.
 _READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ESHUTDOWN})
 
+# Faults of a disk; the system names no file for a write that fails.
+_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
+
 # Of the libraries that only some commands need.
 _EXTRAS = {
     **dict.fromkeys(("tensorflow", "cv2", "matplotlib"), "train"),
@@ -136,9 +139,9 @@ def command(main: Main) -> Callable[..., int]:
     A command whose reader has gone away (``... | head -1``) does its work to the end, and its exit code tells how that
     went. Its libraries start no more threads than the container's quota has cores.
 
-    ``UnetError``, a library that an extra brings, a full disk and other operating-system errors that name a file give
-    exit code 2; Ctrl-C gives 130; SIGTERM unwinds the stack, so that ``finally`` blocks run, and gives 143. Anything
-    else is a bug in the program and keeps its traceback.
+    ``UnetError``, a library that an extra brings, a fault of a disk and other operating-system errors that name a file
+    give exit code 2; Ctrl-C gives 130; SIGTERM unwinds the stack, so that ``finally`` blocks run, and gives 143.
+    Anything else is a bug in the program and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -166,7 +169,7 @@ def command(main: Main) -> Callable[..., int]:
             complain(f"error: {error.name} is not installed: `pip install '.[{extra}]'` brings it, on Python 3.11")
             return EXIT_USER_ERROR
         except OSError as error:
-            if error.filename is None and error.errno != errno.ENOSPC:
+            if error.filename is None and error.errno not in _DISK_FAULTS:
                 raise
             complain(f"error: {_describe(error)}")
             return EXIT_USER_ERROR
@@ -192,10 +195,12 @@ def complain(text: str) -> None:
 
 
 def _describe(error: OSError) -> str:
-    name = f" {error.filename}" if error.filename is not None else ""
+    # Of a copy or a new name the file that was to come about.
+    found = error.filename if error.filename2 is None else error.filename2
+    name = f" {found}" if found is not None else ""
     if error.errno == errno.ENOSPC:
         return f"the disk is full while writing{name}: free some space and run the command again"
-    return f"cannot use{name}: {error.strerror}"
+    return f"cannot use{name or ' a file'}: {error.strerror}"
 
 
 _warned: set[str] = set()

@@ -25,6 +25,7 @@ from serve.models.signing import NO_SIGNING, Signing
 from unet.card import CARD_FILE, Card, CardError
 from unet.errors import UnetError, warn
 from unet.files import atomic_directory, atomic_file, remove_directory, take_lock
+from unet.files.copies import copy_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,7 @@ BACKEND_CODE = Path(__file__).resolve().parent / "python_backend" / BACKEND_CODE
 # What that imports of the project; a version carries it, so that it needs no project where it is served.
 BACKEND_MODULES = (
     *("__init__", "card/__init__", "card/records", "engine/__init__", "engine/cpu", "engine/memory"),
-    *("errors", "files", "geometry", "machine", "names"),
+    *("errors", "files/__init__", "files/naming", "geometry", "machine", "names"),
 )
 KEEP = 5
 
@@ -134,7 +135,7 @@ def rollback(
         _verify(source)
 
         def fill(aside: Path) -> None:
-            shutil.copytree(source, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            copy_files(source, aside)
             if signing.signer is not None:
                 signing.signer.sign(aside)
 
@@ -210,15 +211,15 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
     former = config.read_bytes() if config.exists() else None
     with atomic_directory(path) as aside:
         fill(aside)
-    _replace(config, served_config(folder, version, keep).encode())
-    if load is not None:
-        try:
+    try:
+        _replace(config, served_config(folder, version, keep).encode())
+        if load is not None:
             load(folder.name, version)
-        except BaseException as error:
-            _take_back(path, former)
-            if not isinstance(error, UnetError):
-                raise
-            raise RepositoryError(f"version {version} of {folder.name} was taken back: {error}") from error
+    except BaseException as error:
+        _take_back(path, former)
+        if not isinstance(error, UnetError):
+            raise
+        raise RepositoryError(f"version {version} of {folder.name} was taken back: {error}") from error
     for old in versions_in(folder)[:-keep]:
         try:
             remove_directory(folder / str(old))
@@ -267,10 +268,13 @@ def _parse(path: Path) -> Any:
 def _take_back(path: Path, former: bytes | None) -> None:
     config = path.parent / CONFIG_FILE
     if former is None:
-        config.unlink()
-    else:
+        config.unlink(missing_ok=True)
+    elif config.read_bytes() != former:
         _replace(config, former)
-    remove_directory(path)
+    try:
+        remove_directory(path)
+    except OSError:  # a full disk has no room for the hidden folder that files are removed from
+        shutil.rmtree(path)
 
 
 def _replace(config: Path, content: bytes) -> None:

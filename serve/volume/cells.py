@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.segment.errors import ClientError
+from unet.files import naming
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -66,7 +67,7 @@ class Cells:
         size = [math.nan if one is None else one for one in pixel_size_nm]
         volume = self.voxels * math.prod(size) * 1e-9
         metric = self.centroid * size
-        with path.open("w", newline="", encoding="ascii") as stream:
+        with naming(path), path.open("w", newline="", encoding="ascii") as stream:
             writer = csv.writer(stream)
             writer.writerow(_COLUMNS)
             for index in range(len(self.voxels)):

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.segment.errors import ClientError
-from unet.files import parse_json, take_lock
-from unet.volume.tiff.canvas import write_all
+from unet.files import naming, parse_json, take_lock
+from unet.volume.tiff.canvas import append_all, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,14 +35,15 @@ class RawStore:
     """Probabilities in one plain file, sparse where nothing was written yet."""
 
     def __init__(self, path: Path, height: int, width: int, dtype: np.dtype[Any]) -> None:
-        self._height, self._width, self._dtype = height, width, dtype
+        self._path, self._height, self._width, self._dtype = path, height, width, dtype
         self._row_bytes = width * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
         """Write rows from ``row0`` on of slice ``page``."""
         offset = (page * self._height + row0) * self._row_bytes
-        write_all(self._descriptor, np.ascontiguousarray(rows, self._dtype), offset)
+        with naming(self._path):
+            write_all(self._descriptor, np.ascontiguousarray(rows, self._dtype), offset)
 
     def read(self, page: int, row0: int, row1: int) -> npt.NDArray[Any]:
         """Rows ``row0`` to ``row1`` of slice ``page``; fewer where the file ends earlier."""
@@ -143,7 +144,8 @@ class Partial:
             os.truncate(journal, len(whole))
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        os.write(self._journal, (json.dumps(line) + "\n").encode())
+        with naming(self.folder / JOURNAL):
+            append_all(self._journal, (json.dumps(line) + "\n").encode())
 
     def mark(self, page: int, row0: int, crc: int) -> None:
         """Note that a band's pixels are in the store."""

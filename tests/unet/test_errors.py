@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from unet.errors import UnetError, command, say
+from unet.files import naming
 
 
 def failing(error: BaseException) -> int:
@@ -59,6 +60,30 @@ def test_a_full_disk_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main([]) == 2
     assert capsys.readouterr().err.startswith("error: the disk is full while writing")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "error: cannot use a file: Input/output error\n"),
+        (OSError(errno.EIO, "Input/output error", "from", None, "to"), "error: cannot use to: Input/output error\n"),
+    ],
+)
+def test_a_broken_disk_is_a_sentence(error: OSError, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(error) == 2
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("file", [None, "/out/.card.json.1a2b.aside/card.json"])
+def test_an_error_while_a_file_is_written_names_it(file: str | None) -> None:
+    with pytest.raises(OSError) as caught, naming("/out/card.json"):
+        raise OSError(errno.EIO, "Input/output error", *([] if file is None else [file]))
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "/out/card.json")
+
+
+def test_an_error_that_names_another_file_keeps_its_name() -> None:
+    with pytest.raises(FileNotFoundError, match=r"/in/model\.onnx"), naming("/out/card.json"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/in/model.onnx")
 
 
 def test_standard_output_on_a_full_disk_is_one_sentence() -> None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from train.errors import TrainError
 from train.model.network import build_unet
-from train.run.checkpoints import diverged, naming_a_full_disk
+from train.run.checkpoints import diverged, naming_disk_faults
 from unet.files import atomic_directory
 
 
@@ -53,7 +53,7 @@ def write_saved_model(model: tf.keras.Model, path: str | Path) -> None:
     plain = build_unet(base_filters=model.get_layer("down0_conv1").filters)
     plain.set_weights(model.get_weights())
     serving = _Serving(plain)
-    with naming_a_full_disk(Path(path)), atomic_directory(path) as aside:
+    with naming_disk_faults(Path(path)), atomic_directory(path) as aside:
         tf.saved_model.save(
             serving, str(aside), signatures={"serving_default": serving.serve, "network": serving.network}
         )

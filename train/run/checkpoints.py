@@ -22,25 +22,27 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 KEPT = 3
-_STATE, _MANIFEST = "state", "manifest.json"
+_DISK_FAULTS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EXDEV, errno.EACCES, errno.EPERM)
+_STATE, _MANIFEST, _LATEST = "state", "manifest.json", "latest.json"
 # The network is served in float16, which holds nothing larger; sound weights lie far below 100.
 _LARGEST_WEIGHT = float(np.finfo(np.float16).max)
 
 
 @contextlib.contextmanager
-def naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Let the error of a disk that is full name the file that was being written, whatever library wrote it.
+def naming_disk_faults(path: Path) -> Iterator[None]:
+    """Let the error of a disk name the file that was being written, whatever library wrote it.
 
     Raises:
-        OSError: with the number of a full disk and ``path``.
+        OSError: with the system's number of the fault and ``path``.
     """
-    full = os.strerror(errno.ENOSPC)
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and full not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, full, str(path)) from error
+        known = getattr(error, "errno", None)
+        for number in _DISK_FAULTS:
+            if known == number or os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def diverged(variables: list[tf.Variable]) -> str:
@@ -61,7 +63,7 @@ def write_state(folder: Path, objects: dict[str, Any], facts: dict[str, Any]) ->
     Raises:
         OSError: if the disk is full.
     """
-    with naming_a_full_disk(folder), atomic_directory(folder) as aside:
+    with naming_disk_faults(folder), atomic_directory(folder) as aside:
         tf.train.Checkpoint(**objects).write(str(aside / _STATE))
         sums = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         (aside / _MANIFEST).write_text(json.dumps({**facts, "sha256": sums}), encoding="utf-8")
@@ -123,8 +125,19 @@ class Checkpoints:
         """
         name = f"step-{step:08d}"
         write_state(self.folder / name, self._objects, {"step": step, **facts})
-        with naming_a_full_disk(self.folder / "latest.json"):
-            write_json(self.folder / "latest.json", {"checkpoint": name, "step": step})
+        self._point_to(name, step)
+
+    def complete(self) -> None:
+        """Do what a save that was cut off has left out."""
+        newest = self.newest
+        if newest is not None:
+            self._point_to(newest[0].name, newest[1]["step"])
+
+    def _point_to(self, name: str, step: int) -> None:
+        path, latest = self.folder / _LATEST, {"checkpoint": name, "step": step}
+        with naming_disk_faults(path):
+            if not path.exists() or path.read_text(encoding="utf-8") != json.dumps(latest, indent=2) + "\n":
+                write_json(path, latest)
         for old in self.names()[self._kept :]:
             shutil.rmtree(self.folder / old)
 

@@ -174,8 +174,10 @@ class Run:
         if self._seen not in (None, self.checkpoints().names()):
             os.close(descriptor)
             raise TrainError(f"another process trained in {self.folder} meanwhile: run the command again")
-        for inner in (self.folder, self.folder / "checkpoints", self.folder / "best"):
-            remove_abandoned(inner)
+        remove_abandoned(self.folder)
+        for inner in (self.checkpoints(), self.best()):
+            remove_abandoned(inner.folder)
+            inner.complete()
         return descriptor
 
     def write(self, **facts: Any) -> None:

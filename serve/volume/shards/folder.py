@@ -15,7 +15,8 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from serve.segment.errors import ClientError
-from unet.files import fsync, remove_directory, take_lock
+from unet.files import fsync, naming, remove_directory, take_lock
+from unet.volume.tiff.canvas import append_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -151,7 +152,11 @@ class ShardFolder:
 def _write(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        os.write(descriptor, text.encode())
-        fsync(descriptor)
+        with naming(path):
+            append_all(descriptor, text.encode())
+            fsync(descriptor)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)

@@ -106,7 +106,10 @@ def test_going_back_keeps_the_signature_and_asks_for_it(
         (lambda model: flip_last_byte(model / "2/model.fp16.onnx"), r"2/model\.fp16\.onnx is not the file that was"),
         (lambda model: flip_last_byte(model / "1/card.json"), r"1/card\.json is not the file that was signed"),
         (lambda model: flip_last_byte(model / "2/model.py"), r"2/model\.py is not the file that was signed"),
-        (lambda model: flip_last_byte(model / "2/unet/files.py"), r"2/unet/files\.py is not the file that was signed"),
+        (
+            lambda model: flip_last_byte(model / "2/unet/files/naming.py"),
+            r"2/unet/files/naming\.py is not the file that was signed",
+        ),
         (lambda model: flip_last_byte(model / "2/config.pbtxt"), r"2/config\.pbtxt is not the file that was signed"),
         (lambda model: (model / "2/unet/files.so").touch(), r"2/unet/files\.so was not signed"),
         (lambda model: (model / "2/SHA256SUMS.minisig").unlink(), r"2/SHA256SUMS\.minisig cannot be read"),
@@ -144,7 +147,7 @@ def test_bytecode_is_not_run_in_the_place_of_signed_code(
 ) -> None:
     version, mark = signed / "unet" / "2", signed.parent / "ran"
     # Unchecked bytecode, as `py_compile` writes it: Python takes it whatever stands in the module.
-    for module in ("model", "unet/files"):
+    for module in ("model", "unet/files/naming"):
         source = signed.parent / "planted.py"
         source.write_text(f"open({str(mark)!r}, 'w').close()\n")
         place = (version / module).parent / "__pycache__" / f"{Path(module).name}.cpython-311.pyc"

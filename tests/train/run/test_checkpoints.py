@@ -15,9 +15,10 @@ import tensorflow as tf
 
 from train.errors import TrainError
 from train.model.network import build_unet
-from train.run.checkpoints import Checkpoints, naming_a_full_disk
+from train.run.checkpoints import Checkpoints, naming_disk_faults
 from train.run.folder import Run
 from train.run.room import require_room
+from unet.files import read_json
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -30,6 +31,21 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         "step-00000004",
         "step-00000005",
     ]
+
+
+def test_a_save_that_was_cut_off_is_completed_by_whoever_locks_the_run(tmp_path: Path) -> None:
+    checkpoints = Run(tmp_path).checkpoints(model=build_unet(2))
+    for step in range(1, 4):
+        checkpoints.save(step)
+    former = (checkpoints.folder / "latest.json").read_bytes()
+    oldest = checkpoints.names()[-1]
+    shutil.copytree(checkpoints.folder / oldest, tmp_path / "kept")
+    checkpoints.save(4)
+    (checkpoints.folder / "latest.json").write_bytes(former)
+    shutil.move(tmp_path / "kept", checkpoints.folder / oldest)
+    with Run(tmp_path).locked():
+        assert checkpoints.names() == ["step-00000004", "step-00000003", "step-00000002"]
+        assert read_json(checkpoints.folder / "latest.json") == {"checkpoint": "step-00000004", "step": 4}
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
@@ -56,15 +72,16 @@ def test_a_diverged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.Log
     [
         tf.errors.ResourceExhaustedError(None, None, "x/variables: No space left on device"),
         OSError(errno.ENOSPC, "No space left on device"),
+        tf.errors.UnknownError(None, None, "x/variables; No space left on device"),
     ],
 )
 def test_the_error_of_a_full_disk_names_the_file(error: Exception) -> None:
     with (
         pytest.raises(OSError, match=r"No space left on device: 'run/saved_model'"),
-        naming_a_full_disk(Path("run/saved_model")),
+        naming_disk_faults(Path("run/saved_model")),
     ):
         raise error
-    with pytest.raises(tf.errors.ResourceExhaustedError), naming_a_full_disk(Path("x")):
+    with pytest.raises(tf.errors.ResourceExhaustedError), naming_disk_faults(Path("x")):
         raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from unet.files import fsync
+from unet.files import fsync, naming
 from unet.volume.ngff.reader import load_zarr
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class ZarrCanvas:
 
     def write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
         """Write rows from ``row0`` on of slice ``page``."""
-        self._levels[0][self._block(page, row0, row0 + len(rows))] = rows
+        with naming(self._path):
+            self._levels[0][self._block(page, row0, row0 + len(rows))] = rows
 
     def read(self, page: int, row0: int, row1: int) -> npt.NDArray[Any]:
         """Rows ``row0`` to ``row1`` of slice ``page`` as they were written."""
@@ -93,7 +94,8 @@ class ZarrCanvas:
             for row0 in range(0, height, step):
                 row1 = min(height, row0 + step)
                 fine = np.asarray(larger[self._block(page, 2 * row0, min(2 * row1, larger.shape[-2]))])
-                smaller[self._block(page, row0, row1)] = _halved(fine)
+                with naming(self._path):
+                    smaller[self._block(page, row0, row1)] = _halved(fine)
 
     def settle(self, page: int, row0: int, row1: int, *, levels: bool) -> None:
         """Have what was written of a slice on the disk: whole chunks of rows, and with ``levels`` the smaller levels.
@@ -109,7 +111,8 @@ class ZarrCanvas:
         for place in places:
             for file in place.rglob("*"):
                 if file.is_file():
-                    fsync(file)
+                    with naming(file):
+                        fsync(file)
 
     def _block(self, page: int, row0: int, row1: int) -> tuple[Any, ...]:
         """The index of rows of slice ``page``, counted through the axes before y and x."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from unet.files import fsync
+from unet.files import fsync, naming
 from unet.volume.limits import StackError
 from unet.volume.metadata import StackMetadata, describe
 from unet.volume.tiff.checks import CLASSIC_TIFF_BYTES
@@ -64,7 +64,7 @@ class StackCanvas:
         if text is not None:
             options["description"] = text.encode()
         large = int(np.prod(whole, dtype=object)) * self.dtype.itemsize > CLASSIC_TIFF_BYTES
-        with tifffile.TiffWriter(self.path, bigtiff=large, byteorder="<") as tiff:
+        with naming(self.path), tifffile.TiffWriter(self.path, bigtiff=large, byteorder="<") as tiff:
             place = tiff.write(
                 None, shape=whole, dtype=self.dtype, software=software, returnoffset=True, contiguous=True, **options
             )
@@ -75,7 +75,8 @@ class StackCanvas:
     def write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
         """Write rows from ``row0`` on of slice ``page``: [R, width], or [R, width, 3] in colour."""
         stored = np.ascontiguousarray(rows, self.dtype.newbyteorder("<"))
-        write_all(self._descriptor, stored, self._place(page, row0))
+        with naming(self.path):
+            write_all(self._descriptor, stored, self._place(page, row0))
 
     def read(self, page: int, row0: int, row1: int) -> npt.NDArray[Any]:
         """Rows ``row0`` to ``row1`` of slice ``page`` as they were written."""
@@ -88,8 +89,11 @@ class StackCanvas:
 
     def close(self) -> None:
         """Have the file's bytes on the disk and close it."""
-        fsync(self._descriptor)
-        os.close(self._descriptor)
+        try:
+            with naming(self.path):
+                fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
     def __enter__(self) -> StackCanvas:
         return self
@@ -98,6 +102,13 @@ class StackCanvas:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def append_all(descriptor: int, content: bytes) -> None:
+    """Write bytes at an open file's place; the system may take them in pieces."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def write_all(descriptor: int, pixels: npt.NDArray[Any], offset: int) -> None:

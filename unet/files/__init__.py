@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from unet.files.naming import naming as naming
+
 if sys.platform != "win32":
     import fcntl
 
@@ -58,18 +60,20 @@ def hidden_folder(final: Path) -> Iterator[Path]:
 
     What killed processes left in the same place is removed first.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(final.parent)
-    lock = None
-    while lock is None:
-        folder = final.parent / f".{final.name}.{secrets.token_hex(4)}{_SUFFIX}"
-        folder.mkdir()
-        lock = _own(folder)
-    try:
+    with naming(final), contextlib.ExitStack() as stack:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(final.parent)
+        lock = None
+        while lock is None:
+            folder = final.parent / f".{final.name}.{secrets.token_hex(4)}{_SUFFIX}"
+            folder.mkdir()
+            with contextlib.ExitStack() as unowned:
+                unowned.callback(_clear, folder)
+                lock = _own(folder)
+                unowned.pop_all()
+        stack.callback(os.close, lock)
+        stack.callback(_clear, folder)
         yield folder
-    finally:
-        _clear(folder)
-        os.close(lock)
 
 
 def _own(folder: Path) -> int | None:

@@ -1,0 +1,82 @@
+"""Writers that no quick command of their own drives, called in a worker's process with the folder to write into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unet.errors import command
+
+STEPS = 3
+
+
+@command
+def train(argv: Sequence[str] | None = None) -> int:
+    """What training writes of a few steps: the record, the log, checkpoints and the best weights."""
+    import tensorflow as tf
+
+    from train.run.checkpoints import Checkpoints
+    from train.run.folder import Run
+    from train.run.log import RunLog
+
+    assert argv is not None
+    run, log, network = Run(argv[0]), RunLog(argv[0], active=True), tf.Module()
+    network.weights = tf.Variable(np.zeros(4, np.float32))
+    checkpoints = Checkpoints(run.folder / "checkpoints", kept=2, model=network)
+    best = Checkpoints(run.folder / "best", kept=1, model=network)
+    with run.locked():
+        first = checkpoints.restore() if checkpoints.names() else 0
+        log.rewind(first)
+        run.write(settings={"seed": 1}, ranks=1)
+        for step in range(first + 1, STEPS + 1):
+            network.weights.assign(np.full(4, step, np.float32))
+            log.event("PARAMETER", f"step {step}", number=step)
+            checkpoints.save(step)
+            best.save(step, threshold=0.5)
+        # Of a run that ended between the two.
+        if best.newest is None or best.newest[1]["step"] < STEPS:
+            best.save(STEPS, threshold=0.5)
+        run.write(trained={"steps": STEPS})
+    return 0
+
+
+@command
+def export(argv: Sequence[str] | None = None) -> int:
+    """What an export writes: the network, the card and its page, all of them together."""
+    from export.record.folder import sole_writer
+    from export.record.page import write_card
+    from export.steps.graph import write_model
+    from tests.serve.conftest import cropping_model, enter_engine
+    from unet.card import Card
+    from unet.files import atomic_directory
+
+    assert argv is not None
+    out = Path(argv[0])
+    with sole_writer(out), atomic_directory(out) as aside:
+        card = Card(aside)
+        card.tile_sizes = (204, 252)
+        write_model(cropping_model(), aside / "model.fp16.onnx")
+        enter_engine(card)
+        card.model = {
+            "parameters": 1, "base_filters": 2, "parity_tiles": "none",
+            "machine": {"cpu": "a CPU", "cores": 1, "instructions": ()},
+        }  # fmt: skip
+        write_card(card)
+    return 0
+
+
+@command
+def benchmark(argv: Sequence[str] | None = None) -> int:
+    """What a benchmark writes: its figures for people, for tables and for programs, and its charts."""
+    from serve.measure import tables
+    from serve.measure.benchmark import Bench, BenchmarkSettings
+    from serve.measure.rows import Row
+
+    assert argv is not None
+    bench = Bench(BenchmarkSettings(out=Path(argv[0])))
+    bench.rows = [Row("engine", 572, batch, 1, 30.0, (30.0,), 9, p50_ms=33.0) for batch in (1, 8)]
+    bench.write()
+    tables.draw(Path(argv[0]), bench.rows)
+    return 0

@@ -1,0 +1,206 @@
+"""Every writer of the product: how it is driven, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+from tests.serve.conftest import cropping_model, enter_engine
+from tests.serve.volume.shards.harness import make_blocks
+from unet.card import Card
+
+SHAPE = (3, 24, 20)
+PIXELS = np.random.default_rng(3).integers(0, 256, SHAPE, np.uint8)
+_TIMES = (
+    (re.compile(rb'"(timestamp|elapsedtime|datetime|created)": "[^"]*"'), rb'"\1": ""'),
+    (re.compile(rb'"sha256": "[^"]*"'), b'"sha256": ""'),
+)
+_JOBS = "tests.torture.faults.jobs"
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One writer.
+
+    Attributes:
+        name: of it.
+        call: "module:function".
+        argv: makes the arguments, from the folder that it may write into.
+        prepare: has in that folder what must be there before.
+        finals: patterns of the names that count as final ones, below the folder.
+        kept: what of the work is kept in the folder, as a number, and what a repeat says that it took over.
+        timed: whether the files hold the time of the run, which is left out of comparisons.
+        unsound: what is wrong with what an ended run leaves, where final names have several contents in turn.
+    """
+
+    name: str
+    call: str
+    argv: Callable[[Path], list[str]]
+    prepare: Callable[[Path], None] = lambda folder: None
+    finals: tuple[str, ...] = ("*",)
+    kept: Callable[[Path], int] = lambda folder: 0
+    timed: bool = False
+    unsound: Callable[[Path], list[str]] = lambda folder: []
+    before: Files = field(default_factory=dict)
+
+    def files(self, folder: Path) -> Files:
+        """Every file below the folder, and every empty folder, with what it holds."""
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            name = str(path.relative_to(folder))
+            if path.is_file() and not (self.timed and name == "log.json"):
+                found[name] = self._timeless(name, path.read_bytes())
+            elif path.is_dir() and not any(path.iterdir()):
+                found[f"{name}/"] = b""
+        return found
+
+    def _timeless(self, name: str, content: bytes) -> bytes:
+        if self.timed and name.endswith((".json", ".md")):
+            for pattern, instead in _TIMES:
+                content = pattern.sub(instead, content)
+        return content
+
+
+def writers(folder: Path, url: str) -> list[Writer]:
+    """All of them; what they read is made in ``folder``.
+
+    Args:
+        folder: an empty one.
+        url: gRPC of a server with the network that gives the middle of its tile back.
+    """
+    tifffile.imwrite(folder / "v.tif", PIXELS, photometric="minisblack")
+    make_blocks(folder / "v.zarr", SHAPE, (1, 24, 20))
+    return [*_clients(folder, url), *_repositories(folder), *_reports(folder), *_rooms()]
+
+
+def _clients(folder: Path, url: str) -> list[Writer]:
+    def client(source: str, kinds: str, *flags: str) -> Callable[[Path], list[str]]:
+        outputs = [word for kind in kinds.split() for word in ("--output", kind)]
+        line = [str(folder / source), "--url", url, "--resume", *outputs, *flags]
+        return lambda out: [*line, "--output_dir", str(out)]
+
+    def former(out: Path) -> None:
+        out.mkdir()
+        (out / "v-mask.tif").write_bytes(b"a former result")
+        (out / "v-probability.zarr").mkdir()
+        (out / "v-probability.zarr" / "zarr.json").write_bytes(b"a former result")
+
+    call, finals = "serve.client:main", ("v-*",)
+    tiff, shards = "probability mask labels labels3d overlay", ("--shard", "0/1", "--shard_mpx", "0.0001")
+    return [
+        Writer("client to TIFF", call, client("v.tif", tiff), kept=_bands, finals=finals),
+        Writer("client to OME-Zarr", call, client("v.zarr", "probability labels labels3d"), kept=_bands, finals=finals),
+        Writer(
+            "client over a TIFF",
+            call,
+            client("v.tif", "mask", "--overwrite"),
+            prepare=former,
+            kept=_bands,
+            finals=finals,
+        ),
+        Writer(
+            "client over an OME-Zarr",
+            call,
+            client("v.zarr", "probability", "--overwrite"),
+            former,
+            kept=_bands,
+            finals=finals,
+        ),
+        Writer("client by shards", call, client("v.zarr", "probability mask", *shards), kept=_shards, finals=finals),
+        Writer("client, labels by shards", call, client("v.zarr", "labels", *shards), kept=_shards, finals=finals),
+    ]
+
+
+def _bands(out: Path) -> int:
+    """Bands in the journal of an interrupted run."""
+    journal = out / "v.partial" / "journal.jsonl"
+    return sum('"crc"' in line for line in journal.read_text().split("\n")[:-1]) if journal.exists() else 0
+
+
+def _shards(out: Path) -> int:
+    """Markers of shards."""
+    done = out / "v.shards" / "done"
+    return sum(item.name.isdecimal() and item.stat().st_size > 0 for item in done.iterdir()) if done.exists() else 0
+
+
+def _repositories(folder: Path) -> list[Writer]:
+    import onnx
+
+    from serve.models.config import ModelSettings
+    from serve.models.publish import publish
+
+    for name, sizes in (("first", (204,)), ("second", (204, 252))):
+        (folder / name).mkdir()
+        onnx.save(cropping_model(), str(folder / name / "model.fp16.onnx"))
+        card = Card(folder / name)
+        card.tile_sizes = sizes
+        enter_engine(card)
+        card.save()
+        publish(folder / name, folder / "published", ModelSettings(max_tile_size=1004))
+
+    def published(out: Path) -> None:
+        shutil.copytree(folder / "published", out)
+
+    def line(*words: str) -> Callable[[Path], list[str]]:
+        return lambda out: [*words, "--model_repository", str(out)]
+
+    call = "serve.repository:main"
+    artefacts = ("--artefacts", str(folder / "second"), "--max_tile_size", "1004")
+    finals = ("unet/[0-9]*", "unet/config.pbtxt")
+    return [
+        Writer("publishing the first version", call, line(*artefacts), finals=finals),
+        Writer("publishing another version", call, line(*artefacts, "--keep", "2"), published, finals),
+        Writer("going back to a version", call, line("--rollback"), published, finals),
+    ]
+
+
+def _reports(folder: Path) -> list[Writer]:
+    row = {"concurrency": 1, "refused": "", "tile_size": 572, "img_per_s": 30.0}
+    row |= {"p50_ms": 30.0, "p90_ms": 35.0, "p95_ms": 40.0, "p99_ms": 45.0, "max_ms": 50.0}
+    rows = [{"level": "shared memory", "batch_size": size, **row} for size in (1, 8)]
+    (folder / "benchmark.json").write_text(json.dumps({"rows": rows}))
+    tifffile.imwrite(folder / "found.tif", PIXELS.astype(np.float32) / 255, photometric="minisblack")
+    figures = ("--benchmark", str(folder / "benchmark.json"))
+    pictures = ("--images", str(folder / "v.tif"), "--probability", str(folder / "found.tif"))
+
+    def report(out: Path) -> list[str]:
+        return [*figures, *pictures, "--artefacts", str(folder / "first"), "--out", str(out / "report.html")]
+
+    def scaling(out: Path) -> list[str]:
+        return [*figures, "--rates", "10", "--out", str(out / "scaling.json")]
+
+    return [
+        Writer("report page", "serve.report:main", report),
+        Writer("scaling", "serve.scaling:main", scaling),
+        Writer("benchmark", f"{_JOBS}:benchmark", lambda out: [str(out)]),
+    ]
+
+
+def _rooms() -> list[Writer]:
+    return [
+        Writer("export", f"{_JOBS}:export", lambda out: [str(out / "artefacts")], finals=("artefacts",), timed=True),
+        Writer("training", f"{_JOBS}:train", lambda out: [str(out)], finals=(), timed=True, unsound=_training_faults),
+    ]
+
+
+def _training_faults(out: Path) -> list[str]:
+    """A training run's files are whole, and each folder of checkpoints names one that is there."""
+    wrong = []
+    for path in out.rglob("*.json"):
+        if ".aside" not in str(path) and path.name != "log.json":
+            try:
+                named = json.loads(path.read_text())
+            except ValueError:
+                wrong.append(f"half-written: {path.name}")
+                continue
+            if path.name == "latest.json" and not (path.parent / named["checkpoint"] / "manifest.json").exists():
+                wrong.append(f"{path} names a checkpoint that is not there")
+    return wrong
