@@ -150,6 +150,7 @@ test-slow: install  ## the tests that take longer
 torture: install  ## damaged files for every reader, faults of the disk for every writer; counts in torture.md (two hours)
 	@$(BIN)/python -m tests.torture.fuzz --inputs 100000 --out torture.md
 	@$(BIN)/python -m tests.torture.faults.campaign --out torture.md
+	@$(BIN)/python -m tests.torture.publishing --changes 100 --out torture.md
 
 .PHONY: torture-shards
 torture-shards: install  ## 200 SIGKILLs of tasks, workers, clients and schedulers; every byte compared (TORTURE_FLAGS=)
