@@ -10,6 +10,7 @@ PROFILE ?= cpu
 
 HOROVOD := 0.28.1
 TORCH := torch==2.13.0
+CYCLONEDX := cyclonedx-bom==7.5.0
 EXTRAS := train,export,serve,zarr,n5,http,s3,gs,hdf5,mrc,dask,int8,bioimageio,otlp,sign,docs,dev
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton
 LOGS := .cache/install
@@ -181,6 +182,14 @@ constraints: install  ## resolve constraints.txt and constraints.lock anew, for 
 	--index-strategy unsafe-best-match --no-annotate --custom-compile-command "make constraints" \
 	$(foreach extra,train export serve zarr n5 http s3 gs hdf5 mrc dask int8 bioimageio otlp sign gpu rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.lock
 	@sed -e '/^    --hash/d' -e 's/ \\$$//' constraints.lock > constraints.txt
+
+# In an environment of its own, so that it lists the project's packages and not its own.
+.PHONY: sbom
+sbom: install  ## sbom.cdx.json: every package of .venv with version and licence, as CycloneDX
+	@$(PYTHON) tools/progress.py --title "listing packages" --expected_s 15 --log $(LOGS)/sbom.log \
+	-- $(BIN)/uvx --constraints constraints.txt --from $(CYCLONEDX) cyclonedx-py environment --validate --output-reproducible \
+	--spec-version 1.6 --pyproject pyproject.toml --output-file sbom.cdx.json $(BIN)/python
+	@echo sbom.cdx.json
 
 .PHONY: install-rtx
 install-rtx: install  ## TensorRT-RTX (proprietary), whose builder checks graph and profiles without a GPU
