@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from serve.models.errors import RepositoryError
 from serve.models.library import OWN_BACKEND, own_library
 from unet.card import CARD_FILE
-from unet.engine.cpu import EngineChoice, holds_here, native
+from unet.engine.cpu import EngineChoice, native
 from unet.engine.memory import bytes_per_pixel
 from unet.files import sha256_of
 
@@ -42,7 +42,7 @@ def cpu_backend(card: Card, wanted: str) -> tuple[str, str]:
         if wanted == OPENVINO:
             raise RepositoryError(
                 f"{card.folder / CARD_FILE} names {card.engine.kind} {card.engine.precision}, or a fallback, that "
-                f"OpenVINO does not run here: publish with --backend {PYTHON}"
+                f"OpenVINO does not run: publish with --backend {PYTHON}"
             )
         return PYTHON_BACKEND, ""
     if own_library().is_file():
@@ -54,10 +54,8 @@ def cpu_backend(card: Card, wanted: str) -> tuple[str, str]:
 
 
 def _runs_in_openvino(card: Card) -> bool:
-    """Whether what runs on this CPU, the chosen engine or the one in float32, runs in OpenVINO."""
-    if card.engine.kind != OPENVINO:
-        return False
-    return holds_here(card.engine) or card.fallback is None or card.fallback.kind == OPENVINO
+    """Whether what runs on any CPU, the chosen engine or the one in float32, runs in OpenVINO."""
+    return all(engine.kind == OPENVINO for engine in card.engines)
 
 
 def engine_text(card: Card) -> str:

@@ -6,8 +6,6 @@ Frontiers in Neuroanatomy 9:142. Membrane is 0, everything else 1, in labels as 
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +224,10 @@ def score_stack(
     cuts = tuple(sorted({*map(float, thresholds), float(threshold)}))
     tasks = [(proposal, label, cuts) for proposal, label in zip(probability, labels)]
     if jobs > 1:
+        # Not known where the client runs without Linux.
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
         with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
             scores = np.array(list(pool.map(_score_slice, tasks)))
     else:

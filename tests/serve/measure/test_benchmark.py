@@ -235,7 +235,8 @@ def test_the_server_counts_what_was_sent(record: tuple[Path, dict[str, Any]]) ->
             continue
         assert row["images_per_pass"] == row["batch_size"]
         shares = [row[f"{name}_ms"] for name in ("queue", "compute_input", "compute_infer", "compute_output")]
-        assert 0 < sum(shares) < row["mean_ms"]
+        # The server counts a request after its answer, so that one from before the first may be among them.
+        assert 0 < sum(shares) < 1.2 * row["mean_ms"]
         # 252 x 252 pixels there, 68 x 68 of two bytes back.
         sent = 252 * 252 + 2 * 68 * 68
         assert (row["wire_bytes_per_img"] > sent) is (row["level"] == "gRPC")

@@ -352,7 +352,7 @@ def test_what_onnx_runtime_computes_stays_in_the_python_backend(artefacts: Path,
     proof = card.fallback.proof if card.fallback else None
     card.engine = card.fallback = Engine("onnxruntime", "f32", "model.fp16.onnx", 1.0, proof)
     assert cpu_backend(card, "auto") == ("python", "")
-    with pytest.raises(RepositoryError, match="OpenVINO does not run here"):
+    with pytest.raises(RepositoryError, match="OpenVINO does not run:"):
         cpu_backend(card, "openvino")
     # The chosen engine runs here, so that the fallback is for other processors alone.
     card.engine = chosen
