@@ -13,7 +13,7 @@ import pytest
 
 from serve.client import main
 from serve.server.process import TritonServer
-from tests.serve.segment.test_tls import Authority
+from tests.serve.authority import Authority
 from tests.serve.volume.shards.test_shards import contents, make_volume
 from unet.processes import free_ports
 
