@@ -148,8 +148,9 @@ test-slow: install  ## the tests that take longer
 	@$(BIN)/python -m pytest -m "slow and not gpu and not images"
 
 .PHONY: torture
-torture: install  ## damaged files for every reader, faults of the disk for every writer; counts in torture.md (two hours)
+torture: install  ## damaged files and artefacts, faults of the disk, publishing under load; counts in torture.md (two hours)
 	@$(BIN)/python -m tests.torture.fuzz --inputs 100000 --out torture.md
+	@$(BIN)/python -m tests.torture.artefacts --inputs 10000 --out torture.md
 	@$(BIN)/python -m tests.torture.faults.campaign --out torture.md
 	@$(BIN)/python -m tests.torture.publishing --changes 100 --out torture.md
 

@@ -242,4 +242,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     for name, value in values.items():
         if not fits(TrainConfig, name, value):
             raise TrainError(f"{path} has {value!r:.40} for {name}: correct it, or leave it out for the default")
+    try:
+        config_of(values)
+    except TrainError as error:
+        raise TrainError(f"{path} has settings that cannot be: {error}") from error
     return values

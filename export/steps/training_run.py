@@ -64,14 +64,23 @@ class TrainingRun:
             raise ExportError(f"{path} is not JSON ({error}): take it from the training run again") from error
         if not isinstance(values, dict):
             raise ExportError(f"{path} is not the configuration of a training run: take it from the run again")
-        trained = values.get("trained", {})
+        try:
+            return cls._of(folder, values, repeat)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ExportError(
+                f"{path} lacks or misnames an entry of a training run ({error}): take it from the run again"
+            ) from error
+
+    @classmethod
+    def _of(cls, folder: Path, values: dict[str, Any], repeat: str) -> TrainingRun:
+        trained = dict(values.get("trained", {}))
         chosen_on = str(trained.get("threshold_from", "default"))
         return cls(
             folder,
-            values.get("settings", {}),
-            values.get("held_out", {}),
+            dict(values.get("settings", {})),
+            {name: [int(page) for page in pages] for name, pages in dict(values.get("held_out", {})).items()},
             str(values.get("repeat", repeat)),
-            values.get("versions", {}),
-            values.get("pixel_size_nm", {}),
+            dict(values.get("versions", {})),
+            dict(values.get("pixel_size_nm", {})),
             *((None, "") if chosen_on == "default" else (float(trained["threshold"]), chosen_on)),
         )

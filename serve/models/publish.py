@@ -21,10 +21,11 @@ from serve.models.config import (
     engine_file,
     model_config,
 )
+from serve.models.seal import read_config, seal
 from serve.models.signing import NO_SIGNING, Signing
 from unet.card import CARD_FILE, Card, CardError
 from unet.errors import UnetError, warn
-from unet.files import atomic_directory, atomic_file, remove_directory, take_lock
+from unet.files import atomic_directory, atomic_file, remove_directory, sha256_of, take_lock
 from unet.files.copies import copy_files
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _content_of(card: Card, settings: ModelSettings) -> tuple[dict[str, Path], d
     """What a version holds, by name: the files that are copied, and what is written."""
     from google.protobuf import text_format
 
-    texts = {CONFIG_FILE: text_format.MessageToString(model_config(card, settings))}
+    texts = {CONFIG_FILE: text_format.MessageToString(seal(model_config(card, settings)))}
     engine = engine_file(card, settings)
     files = {engine.name: engine, CARD_FILE: card.folder / CARD_FILE}
     if settings.machine.on_gpu:
@@ -197,6 +198,9 @@ def _content(version: Path) -> list[bytes]:
 
 def _verify(version: Path) -> None:
     card = Card.load(version)
+    config = read_config(version / CONFIG_FILE)
+    if config.parameters["card_sha256"].string_value != sha256_of(version / CARD_FILE):
+        raise RepositoryError(f"{version / CARD_FILE} is not the card that the version was published with")
     for name, artefact in card.artefacts.items():
         if (version / artefact.file).exists():
             card.verify(name)
@@ -236,7 +240,7 @@ def served_config(folder: Path, version: int, keep: int) -> str:
     """
     from google.protobuf import text_format
 
-    config = _parse(folder / str(version) / CONFIG_FILE)
+    config = read_config(folder / str(version) / CONFIG_FILE)
     others = [other for other in versions_in(folder) if other < version]
     served = [version]
     if keep > 1 and others and _loads_alike(folder / str(others[-1]), config):
@@ -245,24 +249,17 @@ def served_config(folder: Path, version: int, keep: int) -> str:
     for number in served:
         for name, value in about_version(Card.load(folder / str(number))).items():
             config.parameters[f"{name}_{number}"].string_value = value
-    return str(text_format.MessageToString(config))
+    return str(text_format.MessageToString(seal(config)))
 
 
 def _loads_alike(version: Path, config: Any) -> bool:
     """Whether a version is intact, and was published for the backend and the file that a configuration names."""
     try:
-        former = _parse(version / CONFIG_FILE)
+        former = read_config(version / CONFIG_FILE)
         _verify(version)
-    except (OSError, CardError):
+    except (OSError, CardError, RepositoryError):
         return False
     return (former.backend, former.default_model_filename) == (config.backend, config.default_model_filename)
-
-
-def _parse(path: Path) -> Any:
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
-    return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
 
 
 def _take_back(path: Path, former: bytes | None) -> None:

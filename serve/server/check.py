@@ -10,6 +10,7 @@ from serve.models.backend import ENGINE_FILE, PYTHON_BACKEND, engine_text
 from serve.models.config import CONFIG_FILE
 from serve.models.library import OWN_BACKEND, own_library
 from serve.models.publish import served_config, versions_in
+from serve.models.seal import is_sealed
 from serve.server.guard import SHARED_MEMORY
 from serve.server.install import TritonError
 from serve.server.offers import SHARED_MEMORY_REMEDY
@@ -115,6 +116,8 @@ def _check_model(path: Path, config: Any) -> None:
         raise TritonError(
             f"{path} was not published with version {newest.name}, as when publishing was interrupted: publish it again"
         )
+    if card.is_file() and not is_sealed(config):
+        raise TritonError(f"{path} is not as it was published: publish the model again")
 
 
 def _check_version(version: Path, config: Any) -> None:

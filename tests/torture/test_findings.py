@@ -53,7 +53,8 @@ def test_a_card_whose_format_is_no_number(tmp_path: Path) -> None:
     "text",
     [
         DEEP, "{}", '{"settings": [[1, 2]]}', '{"settings": {"batch_size": {}}}', '{"settings": {"batch_size": 1.5}}',
-        '{"settings": {"learning_rate": NaN}}', '{"settings": {"augment": "no"}}', '{"settings": {"seed": 1e999}}',
+        '{"settings": {"learning_rate": NaN}}', '{"settings": {"base_filters": -1}}',
+        '{"settings": {"augment": "no"}}', '{"settings": {"seed": 1e999}}',
     ],
 )  # fmt: skip
 def test_settings_of_another_kind(text: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.cards import sealed
 from unet.card import CARD_FILE, Card, CardError
 from unet.card.records import Engine, Proof
 from unet.files import sha256_of
@@ -111,7 +112,7 @@ def test_a_card_whose_chain_is_a_ring_is_refused(folder: Path) -> None:
     values = json.loads((folder / CARD_FILE).read_text())
     values["artefacts"]["saved_model"]["parent"] = "onnx_fp16"
     values["artefacts"]["saved_model"]["parent_sha256"] = values["artefacts"]["onnx_fp16"]["sha256"]
-    (folder / CARD_FILE).write_text(json.dumps(values))
+    (folder / CARD_FILE).write_text(sealed(values))
     with pytest.raises(CardError, match="was made from"):
         Card.load(folder).verify("onnx")
 
@@ -126,7 +127,7 @@ def test_a_published_copy_without_the_parents_verifies(folder: Path, tmp_path_fa
 def test_a_card_without_engine_says_so(folder: Path) -> None:
     values = json.loads((folder / CARD_FILE).read_text())
     values["engine"] = None
-    (folder / CARD_FILE).write_text(json.dumps(values))
+    (folder / CARD_FILE).write_text(sealed(values))
     card = Card.load(folder)
     assert not card.has_engine
     with pytest.raises(CardError, match="--target cpu"):
@@ -151,7 +152,7 @@ def test_an_unknown_artefact_is_named_beside_the_known(folder: Path) -> None:
 def test_a_file_outside_the_folder_is_refused(folder: Path, file: str) -> None:
     values = json.loads((folder / CARD_FILE).read_text())
     values["artefacts"]["onnx"]["file"] = file
-    (folder / CARD_FILE).write_text(json.dumps(values))
+    (folder / CARD_FILE).write_text(sealed(values))
     with pytest.raises(CardError, match="outside"):
         Card.load(folder).verify("onnx")
 
@@ -162,14 +163,16 @@ def test_a_file_outside_the_folder_is_refused(folder: Path, file: str) -> None:
         ("{", "cannot be read as a card"),
         ("[]", "not a card"),
         ("{}", "not a card"),
-        ('{"artefacts": {}, "format": 99}', "format 99, this version reads 2"),
-        ('{"artefacts": {}, "format": 2}', "lacks or misnames an entry"),
-        ('{"artefacts": {"onnx": {"file": "x"}}, "format": 2}', "lacks or misnames an entry"),
-        ('{"artefacts": [1], "format": 2}', "lacks or misnames an entry"),
+        ('{"artefacts": {}, "format": 99}', "format 99, this version reads 3"),
+        ('{"artefacts": {}, "format": 3}', "lacks or misnames an entry"),
+        ('{"artefacts": {"onnx": {"file": "x"}}, "format": 3}', "lacks or misnames an entry"),
+        ('{"artefacts": [1], "format": 3}', "lacks or misnames an entry"),
         ("\xff", "cannot be read as a card"),
     ],
 )
 def test_what_is_no_card_gets_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    if "format" in content:
+        content = sealed(json.loads(content))
     (tmp_path / CARD_FILE).write_bytes(content.encode("latin-1"))
     with pytest.raises(CardError, match=sentence):
         Card.load(tmp_path)

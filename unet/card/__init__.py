@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import os
 from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CARD_FILE = "card.json"
-FORMAT = 2
+FORMAT = 3
+SEAL = "seal"
 SHORT_HASH = 12
 
 _REBUILD = "write it again with python export/main.py"
@@ -68,6 +71,8 @@ class Card:
             raise CardError(f"{path} is JSON but not a card of artefacts: {_REBUILD}")
         if values.get("format") != FORMAT:
             raise CardError(f"{path} has format {values.get('format')!r:.20}, this version reads {FORMAT}: {_REBUILD}")
+        if values.get(SEAL) != seal_of(values):
+            raise CardError(f"{path} is not as it was written: an entry is another one, or is missing; {_REBUILD}")
         try:
             card._fill(values)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -86,7 +91,7 @@ class Card:
 
     def as_dict(self) -> dict[str, Any]:
         """What ``save`` writes."""
-        return {
+        values = {
             "format": FORMAT,
             "model": self.model,
             "tile_sizes": list(self.tile_sizes),
@@ -94,6 +99,7 @@ class Card:
             "fallback": None if self.fallback is None else asdict(self.fallback),
             "artefacts": {name: asdict(artefact) for name, artefact in self.artefacts.items()},
         }
+        return {**values, SEAL: seal_of(values)}
 
     def save(self) -> Path:
         """Write the card into its folder, whole or not at all; returns its path.
@@ -269,3 +275,9 @@ class Card:
         if relative.is_absolute() or ".." in relative.parts:
             raise CardError(f"{self.folder / CARD_FILE} lists {artefact.file}, which lies outside its folder")
         return self.folder / relative
+
+
+def seal_of(values: Mapping[str, Any]) -> str:
+    """The SHA-256 of all entries of a card but the seal itself, whatever their order and the spaces between them."""
+    entries = {name: value for name, value in values.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

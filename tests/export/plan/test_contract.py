@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from export.plan.serialize import build_plan
 from export.plan.settings import BuildSettings
 from serve.models.config import ModelSettings, RepositoryError
 from serve.models.publish import publish
+from tests.cards import sealed
 from tests.export.plan import contract
 from tests.export.plan.conftest import SIZES
 from tests.export.plan.contract import Cuda, Faults, Tensorrt
@@ -210,13 +212,17 @@ def test_a_card_takes_no_plan_without_proof_and_none_of_another_kind_of_gpu_is_p
     with pytest.raises(RepositoryError, match=r"max_batch_size is 64, the plan takes batches of at most 16"):
         publish(artefacts, tmp_path / "models", ModelSettings(profile="v100", max_batch_size=64))
     text = (artefacts / "card.json").read_text()
-    (artefacts / "card.json").write_text(text.replace('"tensorrt": "10.4.0"', '"tensorrt": "10.7.0"'))
+    (artefacts / "card.json").write_text(
+        sealed(json.loads(text.replace('"tensorrt": "10.4.0"', '"tensorrt": "10.7.0"')))
+    )
     with pytest.raises(RepositoryError, match=r"built by TensorRT 10\.7\.0, Triton 24\.09 .* has 10\.4\.0"):
         publish(artefacts, tmp_path / "models", ModelSettings(profile="v100"))
-    (artefacts / "card.json").write_text(text.replace('"device": "gpu 7.0"', '"device": "gpu 8.6"'))
+    (artefacts / "card.json").write_text(sealed(json.loads(text.replace('"device": "gpu 7.0"', '"device": "gpu 8.6"'))))
     with pytest.raises(CardError, match=r"was proven on gpu 8\.6, and is to be served on gpu 7\.0"):
         publish(artefacts, tmp_path / "models", ModelSettings(profile="v100"))
-    (artefacts / "card.json").write_text(text.replace('"context_bytes": 1048576', '"context_bytes": 4294967296'))
+    (artefacts / "card.json").write_text(
+        sealed(json.loads(text.replace('"context_bytes": 1048576', '"context_bytes": 4294967296')))
+    )
     with pytest.raises(RepositoryError, match=r"4 execution contexts, 2 instances of 2 profiles, .* 16 GiB"):
         publish(artefacts, tmp_path / "models", ModelSettings(profile="v100"))
 

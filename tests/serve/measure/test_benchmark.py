@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from serve.models.publish import publish
 from serve.segment.connection import Connection
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
+from tests.cards import rewrite_card
 from unet.files import sha256_of
 from unet.machine import usable_cores
 
@@ -278,8 +280,8 @@ def test_another_engine_than_the_served_one_is_not_measured(
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    card = json.loads((tiny_artefacts / "card.json").read_text(encoding="utf-8"))
-    (other / "card.json").write_text(json.dumps({**card, "tile_sizes": [204]}))
+    shutil.copy(tiny_artefacts / "card.json", other)
+    rewrite_card(other, tile_sizes=[204])
     assert sha256_of(other / "card.json") != sha256_of(tiny_artefacts / "card.json")
     flags = ["--url", triton_server.settings.grpc_url, "--tile_sizes", "204", "--batch_sizes", "1", "--rounds", "1"]
     flags += ["--seconds", "0.1", "--no_perf_analyzer", "--slices", "0", "--out", str(tmp_path / "out")]

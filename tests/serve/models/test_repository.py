@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,9 @@ from hypothesis import strategies as st
 
 from serve.models.config import ModelSettings, RepositoryError, model_config
 from serve.models.publish import publish
+from serve.models.seal import SEAL, is_sealed
 from serve.repository import main
+from tests.cards import rewrite_card
 from unet.card import Card, CardError
 from unet.card.records import Engine, Proof
 from unet.errors import UnetError
@@ -60,7 +61,8 @@ def test_the_configuration_says_what_clients_and_triton_need(tiny_artefacts: Pat
     # With a queue limit only a free instance makes the batcher look at a request at once.
     assert [(group.kind, group.count) for group in config.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, 2)]
     assert config.version_policy.latest.num_versions == 1
-    assert {name: value.string_value for name, value in config.parameters.items()} == {
+    assert is_sealed(config)
+    assert {name: value.string_value for name, value in config.parameters.items() if name != SEAL} == {
         "tile_sizes": "204,252",
         "pixel_size_nm": "4",
         "max_tile_size": "1004",
@@ -148,8 +150,7 @@ def test_an_artefact_that_is_not_its_cards_is_refused(tiny_artefacts: Path, tmp_
 
 def test_a_tile_size_that_the_network_cannot_take_is_refused(tiny_artefacts: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
-    card = tmp_path / "artefacts" / "card.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), "tile_sizes": [512]}))
+    rewrite_card(tmp_path / "artefacts", tile_sizes=[512])
     with pytest.raises(UnetError, match="512"):
         publish(tmp_path / "artefacts", tmp_path / "models", ModelSettings())
 

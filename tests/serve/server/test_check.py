@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from serve.server.install import TritonError
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings, admin_key
 from serve.triton import main
+from tests.cards import rewrite_card
 from tests.serve.server.conftest import MakeSettings, in_namespace
 from unet.card import CardError
 
@@ -107,7 +107,7 @@ def test_a_tile_size_beyond_the_machines_memory_is_one_sentence(
 ) -> None:
     shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
     card = tmp_path / "artefacts" / "card.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), "tile_sizes": [204, 40_012]}))
+    rewrite_card(card.parent, tile_sizes=[204, 40_012])
     publish(card.parent, repository, ModelSettings())
     settings = settings_for(repository)
     with pytest.raises(TritonError, match=r"tiles of up to 40012 pixels, of which a pass takes \d+ MiB; this machine"):

@@ -18,6 +18,7 @@ from serve.server import offers
 from serve.server.offers import Finding
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
+from tests.cards import rewrite_card
 from unet.card import Card
 from unet.card.records import Engine, Proof
 from unet.machine import Gpu, instruction_sets, parse_gpus
@@ -196,7 +197,7 @@ def test_artefacts_that_serve_nothing_are_told(tiny_artefacts: Path, tmp_path: P
     assert "does not exist" in str(doctor.look_at_card(tmp_path, []))
     shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
     card = tmp_path / "artefacts" / "card.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), "engine": None}))
+    rewrite_card(card.parent, engine=None)
     assert "no engine for a CPU and no plan" in str(doctor.look_at_card(card.parent, []))
 
 
