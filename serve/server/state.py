@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import time
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from serve.server.addresses import in_url
@@ -63,7 +63,7 @@ class ServerState:
     log: str
     model_control: str
     admin_key_file: str
-    public_key: str
+    public_key: str = ""
 
     @property
     def grpc_url(self) -> str:
@@ -113,7 +113,9 @@ def load_state(state_dir: Path) -> ServerState | None:
     path = state_file(state_dir)
     try:
         values = read_json(path)
-        return ServerState(**{field.name: values[field.name] for field in fields(ServerState)})
+        # A server that was started before a setting was there runs without it, and can be stopped.
+        known = [field.name for field in fields(ServerState) if field.name in values or field.default is MISSING]
+        return ServerState(**{name: values[name] for name in known})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

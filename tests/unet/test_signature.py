@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 import subprocess
 import sys
@@ -153,9 +154,24 @@ def test_a_name_that_the_list_cannot_hold_is_refused(folder: Path, keys: tuple[P
         Signer(keys[0]).sign(folder)
 
 
-def test_the_standard_tools_read_the_list(folder: Path, keys: tuple[Path, Path]) -> None:
+def test_the_standard_tools_find_what_changed_and_what_was_added(
+    folder: Path, keys: tuple[Path, Path], project_root: Path
+) -> None:
     Signer(keys[0]).sign(folder)
-    subprocess.run(["sha256sum", "--strict", "-c", SUMS_FILE], cwd=folder, check=True, capture_output=True)
+    page = (project_root / "docs" / "serving.md").read_text(encoding="utf-8")
+    sums, added = re.search(
+        r"^minisign -Vm SHA256SUMS -p \S+ && (sha256sum .*)\n(diff .*)$", page, re.MULTILINE
+    ).groups()  # type: ignore[union-attr]
+
+    def outcome(line: str) -> int:
+        return subprocess.run(["bash", "-c", line], cwd=folder, check=False, capture_output=True).returncode
+
+    assert (outcome(sums), outcome(added)) == (0, 0)
+    (folder / "saved_model" / "__pycache__").mkdir()
+    (folder / "saved_model" / "__pycache__" / "added.pyc").touch()
+    assert (outcome(sums), outcome(added)) == (0, 1)
+    flip_last_byte(folder / "card.json")
+    assert outcome(sums) == 1
 
 
 @TOOL

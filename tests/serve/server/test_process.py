@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -98,6 +99,11 @@ def test_start_status_stop(command: Callable[..., subprocess.Popen[str]], reposi
     np.testing.assert_allclose(infer(f"127.0.0.1:{state.grpc_port}", image), expected(image), atol=1e-3)
     assert f"ready: process {state.server_pid} serves unet" in finish(command("status"))
     assert f"a server runs already (process {state.server_pid}" in finish(command("start"), 2)
+    # As if an older release of the project had started it, which knew no signatures.
+    file = repository.parent / "state" / "server.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert values.pop("public_key") == ""
+    file.write_text(json.dumps(values), encoding="utf-8")
     assert finish(command("stop")) == "stopped\n"
     assert finish(command("stop")) == "no server is running\n"
 
