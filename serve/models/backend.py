@@ -54,8 +54,9 @@ def cpu_backend(card: Card, wanted: str) -> tuple[str, str]:
 
 
 def _runs_in_openvino(card: Card) -> bool:
-    """Whether what runs on any CPU, the chosen engine or the one in float32, runs in OpenVINO."""
-    return all(engine.kind == OPENVINO for engine in card.engines)
+    """Whether what runs on any CPU, the chosen engine or else its fallback in float32, runs in OpenVINO."""
+    needed = [card.engine] if card.engine.precision == "f32" else card.engines
+    return all(engine.kind == OPENVINO for engine in needed)
 
 
 def engine_text(card: Card) -> str:
