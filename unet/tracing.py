@@ -129,6 +129,6 @@ def recording(collector: str, service: str, warn: Callable[[str], None]) -> Iter
         _tracer = None
         taken = provider.force_flush(_FLUSH_MS)
         if taken:
-            provider.shutdown()
+            provider.shutdown()  # type: ignore[no-untyped-call]
         if exporter.lost or not taken:
             warn(f"the collector at {url} did not take all of the trace: see whether it runs and takes OTLP over HTTP")

@@ -174,18 +174,20 @@ class Dispatcher:
             if not self._waiting[0].wanted:
                 self._waiting.popleft()
                 continue
-            taken = self._take_slot()
-            if taken is None:
-                return
-            server, slot = taken
-            try:
-                if slot.spent:
-                    slot = self._replacement(server, slot)
-                self._send(_Request(self._waiting[0], server, slot))
-            except ServerError as fault:
-                self.pool.act(server, fault)
-            else:
-                self._waiting.popleft()
+            # Ctrl-C in the midst would lose a slot, or leave gRPC with a call that is neither sent nor given up.
+            with signals_held_back():
+                taken = self._take_slot()
+                if taken is None:
+                    return
+                server, slot = taken
+                try:
+                    if slot.spent:
+                        slot = self._replacement(server, slot)
+                    self._send(_Request(self._waiting[0], server, slot))
+                except ServerError as fault:
+                    self.pool.act(server, fault)
+                else:
+                    self._waiting.popleft()
 
     def _take_slot(self) -> tuple[Server, Slot] | None:
         now = time.monotonic()
@@ -240,15 +242,13 @@ class Dispatcher:
                 self._news = True
                 self._changed.notify_all()
 
-        # Ctrl-C in the midst of this would leave gRPC with a call that is neither sent nor given up.
-        with signals_held_back():
-            self._under_way.add(request)
-            try:
-                request.call = connection.infer_async(inputs, outputs, receive)
-            except ClientError:
-                self._under_way.discard(request)
-                self._give_back(server, slot)
-                raise
+        self._under_way.add(request)
+        try:
+            request.call = connection.infer_async(inputs, outputs, receive)
+        except ClientError:
+            self._under_way.discard(request)
+            self._give_back(server, slot)
+            raise
         self.resent += batch.sent
         batch.sent = True
 
