@@ -80,6 +80,26 @@ def traces_url(collector: str) -> str:
     return collector if parts.path.strip("/") else collector.rstrip("/") + _PATH
 
 
+def _exporter(url: str) -> Any:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import SpanExportResult
+
+    class Exporter(OTLPSpanExporter):
+        """Counts what was not taken, and raises nothing."""
+
+        lost = 0
+
+        def export(self, spans: Any) -> Any:
+            try:
+                result = super().export(spans)
+            except Exception:  # of the HTTP library, which OpenTelemetry would log with a traceback
+                result = SpanExportResult.FAILURE
+            self.lost += 0 if result is SpanExportResult.SUCCESS else len(spans)
+            return result
+
+    return Exporter(endpoint=url)
+
+
 @contextlib.contextmanager
 def recording(collector: str, service: str, warn: Callable[[str], None]) -> Iterator[None]:
     """Send the spans of the block to a collector, by OTLP over HTTP. One that does not answer costs no result.
@@ -98,29 +118,15 @@ def recording(collector: str, service: str, warn: Callable[[str], None]) -> Iter
         yield
         return
     url = traces_url(collector)
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
-
-    class Exporter(OTLPSpanExporter):
-        """Counts what was not taken, and raises nothing."""
-
-        lost = 0
-
-        def export(self, spans: Any) -> Any:
-            try:
-                result = super().export(spans)
-            except Exception:  # of the HTTP library, which OpenTelemetry would log with a traceback
-                result = SpanExportResult.FAILURE
-            self.lost += 0 if result is SpanExportResult.SUCCESS else len(spans)
-            return result
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     # What it says of a collector that does not answer is said below in one sentence.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     about = Resource.create({"service.name": service, "service.version": __version__})
     provider = TracerProvider(resource=about, shutdown_on_exit=False)
-    exporter = Exporter(endpoint=url)
+    exporter = _exporter(url)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     _tracer = provider.get_tracer(service, __version__)
     try:
