@@ -539,6 +539,18 @@ def test_a_canvas_is_an_image_with_a_pyramid(tmp_path: Path) -> None:
         assert np.array_equal(pixels_of(copy), pixels)
 
 
+def peak_of_reading(path: Path) -> int:
+    """The most bytes that Python holds while all slices are read."""
+    gc.collect()
+    tracemalloc.start()
+    with open_volume(path) as volume:
+        for page in range(len(volume)):
+            volume.rows(page, 0, 100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - {"pictures"}))
 def test_memory_is_that_of_slices(name: str, tmp_path: Path) -> None:
     """A stack of four times as many slices is read in the same memory."""
@@ -547,15 +559,8 @@ def test_memory_is_that_of_slices(name: str, tmp_path: Path) -> None:
         folder = tmp_path / str(count)
         folder.mkdir()
         path = FORMATS[name](folder, np.zeros((count, 100, 100), np.uint16))
-        # What a library loads at its first use is no memory of slices, nor what other tests left to be collected.
-        open_volume(path).close()
-        gc.collect()
-        tracemalloc.start()
-        with open_volume(path) as volume:
-            for page in range(count):
-                volume.rows(page, 0, 100)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        # The least of three: libraries load code at first use, and threads of other tests may allocate meanwhile.
+        peaks.append(min(peak_of_reading(path) for _ in range(3)))
     # What a slice takes beside its pixels: a directory, a chunk's key, a name.
     assert peaks[1] < peaks[0] + 30 * 100 * 100
 
