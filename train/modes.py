@@ -224,10 +224,10 @@ def _with_others(config: TrainConfig, run: Run) -> list[Run]:
 def _require_held_out(runs: Sequence[Run]) -> None:
     """Refuse to call slices held out that one of the networks was trained on."""
     for other in runs[1:]:
-        if other.record.get("held_out") != runs[0].record.get("held_out"):
+        if other.held_out != runs[0].held_out:
             raise TrainError(
-                f"{other.folder} held out {other.record.get('held_out') or 'nothing'}, and {runs[0].folder} "
-                f"{runs[0].record.get('held_out')}: scores of their mean would be of slices that one of them has seen"
+                f"{other.folder} held out {other.held_out or 'nothing'}, and {runs[0].folder} {runs[0].held_out}: "
+                "scores of their mean would be of slices that one of them has seen"
             )
 
 
@@ -246,9 +246,10 @@ def _predict(config: TrainConfig, run: Run, log: RunLog) -> None:
 
 def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
     """Score the slices that the run held out, or those that it was trained on if it held out none."""
-    data, runs = load_data(config, run.record), _with_others(config, run)
-    if data.held_out:
+    runs = _with_others(config, run)
+    if run.held_out:
         _require_held_out(runs)
+    data = load_data(config, run.record)
     predict = _trained_predictor(config, runs)
     by_shape: dict[tuple[int, ...], list[Slice]] = {}
     for item in data.held_out or data.training:

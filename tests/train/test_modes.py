@@ -114,6 +114,14 @@ def test_the_mean_of_networks_is_the_mean_of_their_answers(
     done = main("--exec_mode=evaluate", *line)
     assert done.returncode == 2
     assert "scores of their mean would be of slices that one of them has seen" in done.stderr
+    # So it is with stacks of few slices, of which rows are held out.
+    for run, rows in ((one, [0, 40]), (other, [40, 80])):
+        facts = json.loads((run / "config.json").read_text())
+        facts |= {"held_out": {}, "held_out_rows": {"train-volume.tif": rows}}
+        (run / "config.json").write_text(json.dumps(facts))
+    done = main("--exec_mode=evaluate", *line)
+    assert done.returncode == 2
+    assert "rows 40 to 80" in done.stderr
 
 
 def test_a_folder_without_a_run_has_no_network_to_add(

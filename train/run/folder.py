@@ -68,6 +68,12 @@ class Run:
             return "validation"
         return str(self.record.get("trained", {}).get("threshold_from", "default"))
 
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """What was never trained on nor chose anything: pages of stacks, or of those with few pages rows of each."""
+        pages, rows = (self.record.get(name, {}) for name in ("held_out", "held_out_rows"))
+        return {**pages, **{stack: f"rows {first} to {last}" for stack, (first, last) in rows.items()}}
+
     def checkpoints(self, **objects: Any) -> Checkpoints:
         """The checkpoints that a run resumes from."""
         return Checkpoints(self.folder / "checkpoints", **objects)
