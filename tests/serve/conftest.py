@@ -57,6 +57,20 @@ def tiny_artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def artefacts_dividing_by(folder: Path, divisor: float) -> Path:
+    """Artefacts of a network that gives the middle of the image, divided by ``divisor``."""
+    folder.mkdir()
+    model = cropping_model()
+    scale = next(value for value in model.graph.initializer if value.name == "scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1 / divisor, np.float16), "scale"))
+    onnx.save(model, str(folder / "model.fp16.onnx"))
+    card = Card(folder)
+    card.tile_sizes = TILE_SIZES
+    enter_engine(card)
+    card.save()
+    return folder
+
+
 def enter_engine(card: Card) -> None:
     """Enter the network that lies in a card's folder, as if the exporter's gate had passed it."""
     path = card.folder / "model.fp16.onnx"

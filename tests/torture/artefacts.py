@@ -29,6 +29,7 @@ from serve.models.publish import publish, rollback
 from serve.server.check import check_repository
 from tests.serve.conftest import cropping_model
 from tests.torture.mutate import mutated
+from tests.torture.report import report
 from train.config import config_of, read_settings
 from unet.card import Card
 from unet.card.records import Engine, Proof
@@ -222,10 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = attack(chosen.inputs, chosen.campaign, note=say)
     lines = ["", "# Damaged artefacts", "", found.table(), ""]
     lines += [f"- {kind} ({first})" for kind, first in found.findings.items()] or ["No faults."]
-    with chosen.out.open("a", encoding="utf-8") as stream:
-        stream.write("\n".join(lines) + "\n")
-    say("\n".join(lines))
-    return 1 if found.findings else 0
+    return report(lines, chosen.out, found.findings)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx
 import tifffile
 
 from serve.models.config import ModelSettings
@@ -30,8 +29,8 @@ from serve.models.publish import publish
 from serve.repository import main as repository
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
-from tests.serve.conftest import cropping_model, enter_engine
-from unet.card import Card
+from tests.serve.conftest import artefacts_dividing_by
+from tests.torture.report import report
 from unet.errors import say
 from unet.processes import free_ports
 
@@ -67,20 +66,6 @@ class Loaded:
             f"{self.changes} publishes and rollbacks, {self.within} of them within one stack; {self.runs} runs of the "
             f"client: {values}; {len(self.faults)} faults."
         )
-
-
-def artefacts(folder: Path, divisor: int) -> Path:
-    """Artefacts of a network that gives the middle of the image, divided by a number."""
-    folder.mkdir()
-    model = cropping_model()
-    scale = next(value for value in model.graph.initializer if value.name == "scale")
-    scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1 / divisor, np.float16), "scale"))
-    onnx.save(model, str(folder / "model.fp16.onnx"))
-    card = Card(folder)
-    card.tile_sizes = (204,)
-    enter_engine(card)
-    card.save()
-    return folder
 
 
 class _Client:
@@ -132,7 +117,7 @@ def attack(changes: int, *, note: Callable[[str], None] = lambda text: None) -> 
     found, rng = Loaded(), random.Random(1)
     with tempfile.TemporaryDirectory(prefix="unet-publishing-") as name:
         folder = Path(name)
-        both = [artefacts(folder / f"by-{divisor}", divisor) for divisor in WHITE]
+        both = [artefacts_dividing_by(folder / f"by-{divisor}", divisor) for divisor in WHITE]
         publish(both[0], folder / "models", ModelSettings(max_batch_size=8))
         http, grpc, metrics = free_ports(3)
         settings = ServerSettings(
@@ -192,10 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     found = attack(chosen.changes, note=say)
     lines = ["", "# Publishing under load", "", found.line(), "", *(f"- {fault}" for fault in found.faults)]
-    with chosen.out.open("a", encoding="utf-8") as stream:
-        stream.write("\n".join(lines) + "\n")
-    say("\n".join(lines))
-    return 1 if found.faults else 0
+    return report(lines, chosen.out, found.faults)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,25 +22,11 @@ from serve.server.install import TritonError
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings, read_admin_key
 from serve.server.state import load_state
-from tests.serve.conftest import TILE_SIZES, cropping_model, enter_engine
+from tests.serve.conftest import TILE_SIZES, artefacts_dividing_by, enter_engine
 from unet.card import Card, CardError
 from unet.card.records import Engine, Proof
 from unet.files import sha256_of
 from unet.processes import free_ports
-
-
-def artefacts_dividing_by(folder: Path, divisor: float) -> Path:
-    """Artefacts of a network that gives the middle of the image, divided by ``divisor``."""
-    folder.mkdir()
-    model = cropping_model()
-    scale = next(value for value in model.graph.initializer if value.name == "scale")
-    scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1 / divisor, np.float16), "scale"))
-    onnx.save(model, str(folder / "model.fp16.onnx"))
-    card = Card(folder)
-    card.tile_sizes = TILE_SIZES
-    enter_engine(card)
-    card.save()
-    return folder
 
 
 @pytest.fixture(scope="module")

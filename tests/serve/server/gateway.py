@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
@@ -25,7 +24,7 @@ from serve.segment.segmenter import Segmenter
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
 from tests.serve.authority import Authority
-from unet.errors import command, say
+from unet.errors import UnetError, command, say
 from unet.measure import interleave, ratios, timed
 from unet.processes import free_ports
 
@@ -64,10 +63,14 @@ class Gateway:
 
 @contextlib.contextmanager
 def gateway(folder: Path, triton: str, max_request: str = "64m") -> Iterator[Gateway]:
-    """Run nginx in a folder; the test is skipped where there is none."""
+    """Run nginx in a folder.
+
+    Raises:
+        UnetError: there is none.
+    """
     program = shutil.which("nginx")
     if program is None:
-        pytest.skip("no nginx was found: install it (Debian: apt-get install nginx-light)")
+        raise UnetError("no nginx was found: install it (Debian: apt-get install nginx-light)")
     folder.chmod(0o755)
     authority = Authority(folder / "authority")
     own, client = authority.issue("gateway"), authority.issue("client")

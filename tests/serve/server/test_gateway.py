@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from serve.server.process import TritonServer
 from tests.serve.authority import Authority
 from tests.serve.server.gateway import TEMPLATE, Gateway, gateway
 
+pytestmark = pytest.mark.skipif(
+    shutil.which("nginx") is None, reason="no nginx was found (Debian: apt-get install nginx-light)"
+)
 TIMEOUT_S = 20.0
 LARGEST = 200_000
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from tests.serve.volume.shards.harness import served
 from tests.torture.faults.worker import FAULTS, FORGIVEN, Ended, Worker, build_layer
 from tests.torture.faults.writers import Files, Writer, writers
+from tests.torture.report import report
 from unet.errors import say
 
 # Whose libraries a worker has loaded before it forks.
@@ -185,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = attack(every=chosen.every, names=chosen.writer, note=say)
     lines = ["", "# Faults of writers", "", found.table(), ""]
     lines += [f"- {finding} ({where})" for finding, where in found.findings.items()] or ["No faults."]
-    with chosen.out.open("a", encoding="utf-8") as stream:
-        stream.write("\n".join(lines) + "\n")
-    say("\n".join(lines))
-    return 1 if found.findings else 0
+    return report(lines, chosen.out, found.findings)
 
 
 if __name__ == "__main__":
