@@ -72,6 +72,18 @@ def test_the_least_likely_membrane_goes_first_and_borders_add_up() -> None:
     assert agglomerate(found, 0.5, 0.4)[1] == 1
 
 
+def test_a_border_of_two_pieces_with_a_third_is_all_of_it_once_they_are_one() -> None:
+    """Below two rooms lies a wide one, with a doubtful gap to each. What joins first decides on both gaps together."""
+    found = np.full((41, 41), 0.99, np.float32)
+    found[:20, 20] = found[20] = 0.01
+    found[8:12, 20], found[20, 8:12], found[20, 29:33] = 0.99, 0.55, 0.85
+    labels, count = agglomerate(found, 0.5, 0.2)
+    assert count == 2
+    assert labels[0, 0] == labels[0, 40] != labels[40, 0]
+    # The second gap alone, without the first room, is no border.
+    assert agglomerate(np.where(np.arange(41) < 21, 0.01, found), 0.5, 0.2)[1] == 1
+
+
 LEVELS = st.sampled_from([0.0, 0.3, 0.55, 0.7, 0.9, 1.0])
 maps = arrays(np.float64, st.tuples(st.integers(1, 24), st.integers(1, 24)), elements=LEVELS)
 
@@ -114,9 +126,10 @@ def test_the_score_of_cells_that_were_told_apart_is_the_score_of_the_right_ones(
 
 
 def test_pixels_that_nobody_annotated_count_nowhere() -> None:
-    found, truth = two_cells(0.6), (two_cells(0.01) > 0.5).astype(np.uint8)
-    wrong = found.copy()
-    truth[:6] = 255
-    wrong[:6] = 0.0
-    scores = [score_agglomerated(one[np.newaxis], truth[np.newaxis], 0.5, 0.2) for one in (found, wrong)]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-9)
+    """The gap lies where nobody said whether there is a membrane: it joins nothing, whatever the network says there."""
+    found, truth = two_cells(0.99), (two_cells(0.01) > 0.5).astype(np.uint8)
+    assert score_agglomerated(found[np.newaxis], truth[np.newaxis], 0.5, 0.2)[0] < 0.9
+    truth[10:13] = 255
+    for says in (0.0, 0.99):
+        found[10:13] = says
+        assert score_agglomerated(found[np.newaxis], truth[np.newaxis], 0.5, 0.2) == pytest.approx((1.0, 1.0), abs=1e-6)

@@ -207,6 +207,25 @@ def test_a_tiff_is_refused_with_what_to_do(
     assert [path.name for path in tmp_path.iterdir()] == ["v.tif"]
 
 
+def test_all_shards_tell_cells_apart_alike(
+    triton_server: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_volume(tmp_path / "v.zarr")
+    line = [str(source), "--quiet", "--url", triton_server.settings.grpc_url, "--output", "labels"]
+    shared = [*line, "--shard_mpx", "0.02"]
+    assert main([*shared, "--shard", "0/2", "--agglomerate", "0.2"]) == 0
+    for other in (["--agglomerate", "0.3"], []):
+        assert main([*shared, "--shard", "1/2", *other]) == 2
+        assert "v.shards belongs to another" in capsys.readouterr().err
+    assert main([*shared, "--shard", "1/2", "--agglomerate", "0.2"]) == 0
+    assert main([*line, "--agglomerate", "0.2", "--output_dir", str(tmp_path / "alone")]) == 0
+    found, due = (zarr.open_group(str(folder / "v-labels.zarr"), mode="r") for folder in (tmp_path, tmp_path / "alone"))
+    np.testing.assert_array_equal(found["0"][:], due["0"][:])
+    assert main([*line, "--output_dir", str(tmp_path / "plain")]) == 0
+    plain = zarr.open_group(str(tmp_path / "plain" / "v-labels.zarr"), mode="r")
+    assert (plain["0"][:] != found["0"][:]).any()
+
+
 def test_other_settings_another_input_and_a_change_are_refused(
     triton_server: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,12 @@ def test_a_browser_shows_slices_with_what_was_found(volume: Path, tmp_path: Path
         move(page, "threshold", 0.7)
         assert pixel(page, 3, 1) == mixed(int(IMAGES[0, 3, 1]))
         assert pixel(page, 3, 2) == grey(0, 3, 2)
+        # What is just at the threshold is not above it, as in the client.
+        move(page, "threshold", 0.6)
+        assert pixel(page, 3, 1) == mixed(int(IMAGES[0, 3, 1]))
+        move(page, "threshold", 0.59)
+        assert pixel(page, 3, 1) == grey(0, 3, 1)
+        move(page, "threshold", 0.7)
         move(page, "opacity", 1)
         assert pixel(page, 3, 0) == RED
         move(page, "opacity", 0)
