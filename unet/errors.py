@@ -166,7 +166,8 @@ def command(main: Main) -> Callable[..., int]:
             extra = _EXTRAS.get(str(error.name).split(".")[0])
             if extra is None:
                 raise
-            complain(f"error: {error.name} is not installed: `pip install '.[{extra}]'` brings it, on Python 3.11")
+            where = "" if extra == "otlp" else ", on Python 3.11"
+            complain(f"error: {error.name} is not installed: `pip install '.[{extra}]'` brings it{where}")
             return EXIT_USER_ERROR
         except OSError as error:
             if error.filename is None and error.errno not in _DISK_FAULTS:

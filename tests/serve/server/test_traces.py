@@ -210,7 +210,7 @@ def test_without_opentelemetry_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     line = [str(stack), "--url", triton_server.settings.grpc_url, "--otlp", "http://localhost:4318"]
     assert main(line) == 2
-    assert "`pip install '.[otlp]'` brings it" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("`pip install '.[otlp]'` brings it\n")
 
 
 def test_nothing_is_recorded_unless_it_is_asked_for() -> None:
