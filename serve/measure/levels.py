@@ -160,20 +160,22 @@ class TritonLevel:
                 go.abort()
 
         threads = [threading.Thread(target=client, args=(index,), daemon=True) for index in range(count)]
-        for thread in threads:
-            thread.start()
         connection = Connection(self._url, self._model, "", self._timeout_s)
         try:
+            unused = ServerCounts.read(connection)
+            for thread in threads:
+                thread.start()
             with contextlib.suppress(threading.BrokenBarrierError):
                 ready.wait()
-                before = ServerCounts.read(connection.client, self._model)
+                before = ServerCounts.read_after(connection, unused, count)
                 with self._meter.measure() as cost:
                     started = time.perf_counter()
                     go.wait()
                     for thread in threads:
                         thread.join()
                     wall_s = time.perf_counter() - started
-                counts = ServerCounts.read(connection.client, self._model).since(before)
+                sent = sum(map(len, taken))
+                counts = ServerCounts.read_after(connection, before, sent).since(before)
         finally:
             connection.close()
         if failures:
@@ -264,9 +266,7 @@ def counted(url: str, model: str, timeout_s: float = 60.0) -> Iterator[Callable[
     def read() -> ServerCounts:
         connection = Connection(url, model, "", timeout_s)
         try:
-            return ServerCounts.read(connection.client, model)
-        except connection.grpc.InferenceServerException as error:
-            raise connection.explain(error) from error
+            return ServerCounts.read(connection)
         finally:
             connection.close()
 

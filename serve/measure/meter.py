@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,10 @@ from unet.machine import run_tool
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from serve.segment.connection import Connection
+
 _LOOPBACK = "lo"
+_COUNTED_WITHIN_S = 2.0
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits")
 
 
@@ -39,16 +43,35 @@ class ServerCounts:
     cached: int = 0
 
     @classmethod
-    def read(cls, client: Any, model: str) -> ServerCounts:
-        """Ask a server.
+    def read(cls, connection: Connection) -> ServerCounts:
+        """Ask a server about a connection's model.
 
-        Args:
-            client: tritonclient's gRPC client.
-            model: the model's name.
+        Raises:
+            ServerError: the server does not answer or refuses.
         """
-        # One entry for each version that is loaded: a new one may be published meanwhile.
-        versions = client.get_inference_statistics(model).model_stats
+        try:
+            # One entry for each version that is loaded: a new one may be published meanwhile.
+            versions = connection.client.get_inference_statistics(connection.model_name).model_stats
+        except connection.grpc.InferenceServerException as error:
+            raise connection.explain(error) from error
         return cls(*(sum(column) for column in zip(*map(_counts_of, versions))))
+
+    @classmethod
+    def read_after(cls, connection: Connection, before: ServerCounts, answers: int) -> ServerCounts:
+        """Ask a server that has given so many answers since an earlier count.
+
+        It counts a request after it has sent the answer, so the last ones may be missing for a moment.
+
+        Raises:
+            ServerError: the server does not answer or refuses.
+        """
+        deadline = time.monotonic() + _COUNTED_WITHIN_S
+        while True:
+            counts = cls.read(connection)
+            new = counts.since(before)
+            # A version that is unloaded takes its counts along, so that they never arrive.
+            if new.requests + new.cached >= answers or time.monotonic() > deadline:
+                return counts
 
     def since(self, before: ServerCounts) -> ServerCounts:
         """What came after an earlier count."""

@@ -56,7 +56,7 @@ def test_what_a_soak_found_outlives_its_server(
         line = ["soak", "--url", url, "--clients", "2", "--seconds", "3600", "--out", str(tmp_path)]
         soak = pool.submit(main, line)
         connection = Connection(url, "unet", "", 60)
-        while ServerCounts.read(connection.client, "unet").requests < 40:
+        while ServerCounts.read(connection).requests < 40:
             assert not soak.done(), soak.result()
         connection.close()
         server.stop()
