@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from train.errors import TrainError
 from train.model.dropout import WindowDropout
-from train.model.network import UpConvolution, build_unet
+from train.model.network import CentreCrop, UpConvolution, build_unet
 from train.model.saved_model import write_saved_model
 
 
@@ -33,6 +33,20 @@ def test_up_convolution_is_the_transposed_convolution() -> None:
     kernel = tf.transpose(tf.reshape(layer.kernel, (6, 2, 2, 3)), (1, 2, 3, 0))
     expected = tf.nn.conv2d_transpose(inputs, kernel, (2, 10, 8, 3), 2, padding="VALID") + layer.bias
     np.testing.assert_allclose(layer(inputs), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_crop_and_its_gradient_are_those_of_keras(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    inputs, upstream = (tf.cast(rng.normal(size=shape), dtype) for shape in ((2, 9, 7, 3), (2, 5, 3, 3)))
+    found = []
+    for layer in (CentreCrop(2, dtype=dtype), tf.keras.layers.Cropping2D(2, dtype=dtype)):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            cropped = layer(inputs)
+        found.append((cropped, tape.gradient(cropped, inputs, upstream)))
+    for ours, theirs in zip(*found):
+        np.testing.assert_array_equal(tf.cast(ours, tf.float32), tf.cast(theirs, tf.float32))
 
 
 def test_same_seed_same_weights_other_seed_other_weights() -> None:
