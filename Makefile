@@ -118,6 +118,7 @@ peers-install: .venv-peers/.installed  ## PyTorch for `make peers`, in an enviro
 
 .PHONY: v100-report
 v100-report: install  ## on a machine with a V100: build the plan, prove it, measure it (REPORT_FLAGS=)
+	@$(BIN)/python export/gpu_report.py --check $(REPORT_FLAGS)
 	@$(INSTALL) --editable '.[gpu]'
 	@$(BIN)/python export/gpu_report.py --target v100 $(REPORT_FLAGS)
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from serve.measure.benchmark import Bench, BenchmarkSettings
-from serve.measure.common import own_or_demo
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
+from unet.files.demo import own_or_demo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

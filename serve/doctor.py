@@ -40,6 +40,7 @@ from unet.card import Card, CardError
 from unet.config import FlagParser
 from unet.engine import EngineError
 from unet.errors import command, say
+from unet.files.demo import own_or_demo
 from unet.machine import TOOL_TIMEOUT_S, Gpu
 from unet.names import PLAN_FILE
 
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     chosen = parser.parse_args(argv)
-    findings = examine(chosen.artefacts, chosen.state_dir.resolve())
+    findings = examine(own_or_demo(chosen.artefacts, "artefacts"), chosen.state_dir.resolve())
     if chosen.json:
         say(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.measure.common import MeasureError, own_or_demo, plain
+from serve.measure.common import MeasureError, plain
 from serve.measure.peers.comparison import OURS, comparisons_of, run
 from serve.measure.peers.settings import PeersSettings
 from serve.measure.peers.table import bars, convolution_gflop, report
@@ -20,6 +20,7 @@ from unet.card import Card
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
 from unet.files import atomic_file, write_json
+from unet.files.demo import own_or_demo
 from unet.machine import machine
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.measure.common import MeasureError, own_or_demo
+from serve.measure.common import MeasureError
 from serve.measure.progress import Progress
 from serve.measure.rows import lone_rows
 from serve.measure.sizing.one_server import Beside, beside_table, beside_the_simulation
@@ -23,6 +23,7 @@ from serve.measure.sizing.simulation import Need, ScalingSettings, ServiceTimes,
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import command, say
 from unet.files import read_json, write_json
+from unet.files.demo import own_or_demo
 from unet.measure import markdown
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from serve.measure.common import MeasureError, own_or_demo
+from serve.measure.common import MeasureError
 from serve.measure.progress import Progress
 from serve.measure.trial import HEADINGS, Trial, TrialSettings, row, suggest, suggestion, try_out
 from unet.config import FlagParser, add_flags, from_flags
 from unet.errors import UnetError, command, say
 from unet.files import write_json
+from unet.files.demo import own_or_demo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

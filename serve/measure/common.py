@@ -1,4 +1,4 @@
-"""What the measuring commands share: their error, where they look for artefacts, and which percentiles count."""
+"""What the measuring commands share: their error, and which percentiles count."""
 
 from __future__ import annotations
 
@@ -14,24 +14,12 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-# Where `make demo` leaves what it makes.
-DEMO = Path("demo")
 # With fewer requests than this, a few of them decide the percentile, so it is not given.
 LEAST_REQUESTS = {50: 1, 90: 50, 95: 100, 99: 1000}
 
 
 class MeasureError(UnetError):
     """Something that cannot be measured, simulated or shown."""
-
-
-def own_or_demo(path: Path, usual: str) -> Path:
-    """The path to read; if it is the usual one and does not exist, the one that ``make demo`` made.
-
-    Args:
-        path: what was asked for.
-        usual: the default, relative to the working folder; the demo has the same under ``demo``.
-    """
-    return DEMO / usual if path == Path(usual) and not path.exists() and (DEMO / usual).exists() else path
 
 
 def percentiles(latencies_s: Sequence[float] | npt.NDArray[np.float64]) -> dict[int, float | None]:

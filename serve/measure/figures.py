@@ -27,7 +27,7 @@ import numpy.typing as npt
 import psutil
 import tifffile
 
-from serve.measure.common import MeasureError, own_or_demo
+from serve.measure.common import MeasureError
 from serve.measure.levels import counted
 from serve.segment.errors import ClientError
 from serve.segment.segmenter import Segmenter
@@ -35,6 +35,7 @@ from serve.volume.request import Request
 from serve.volume.run import segment_volume
 from unet.config import setting
 from unet.files import atomic_file
+from unet.files.demo import own_or_demo
 from unet.geometry import plan_tiles, predict_tiled
 from unet.measure import interleave, ratios, timed
 from unet.names import OUTPUT

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serve.measure.common import DEMO, MeasureError
+from serve.measure.common import MeasureError
 from serve.measure.page.charts import SCORE_AXES, score_chart, speed_charts
 from serve.measure.page.slices import slices_of, stack_scores, truth_of
 from serve.measure.page.truth import LEAST_PX, LEAST_SHARE
 from unet.card import CARD_FILE
 from unet.config import setting
 from unet.files import atomic_file, read_json
+from unet.files.demo import DEMO
 from unet.names import DEFAULT_THRESHOLD
 from unet.volume import read_labels
 from unet.volume.overlay import MEMBRANE_COLOUR, OPACITY

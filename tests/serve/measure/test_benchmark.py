@@ -23,7 +23,6 @@ from PIL import Image
 from serve.benchmark import main
 from serve.measure import tables
 from serve.measure.benchmark import Bench
-from serve.measure.common import own_or_demo
 from serve.measure.levels import EngineLevel, Load, Sample, TritonLevel
 from serve.measure.meter import Meter, ServerCounts, server_process
 from serve.measure.perf_analyzer import COLUMNS, PerfRow
@@ -39,6 +38,7 @@ from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
 from tests.cards import rewrite_card
 from unet.files import sha256_of
+from unet.files.demo import own_or_demo
 from unet.machine import usable_cores
 from unet.processes import free_ports
 

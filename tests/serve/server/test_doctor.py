@@ -193,6 +193,16 @@ def test_a_plan_is_compared_with_the_gpu(
     assert words in str(found)
 
 
+def test_what_the_demo_made_is_looked_at_where_nothing_else_is_named(
+    tiny_artefacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_artefacts, tmp_path / "demo" / "artefacts")
+    monkeypatch.chdir(tmp_path)
+    main(["--json"])
+    (found,) = (one for one in json.loads(capsys.readouterr().out) if one["item"] == "artefacts")
+    assert found["fact"].startswith("demo/artefacts: ")
+
+
 def test_artefacts_that_serve_nothing_are_told(tiny_artefacts: Path, tmp_path: Path) -> None:
     assert "does not exist" in str(doctor.look_at_card(tmp_path, []))
     shutil.copytree(tiny_artefacts, tmp_path / "artefacts")
