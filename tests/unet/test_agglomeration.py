@@ -84,6 +84,49 @@ def test_a_border_of_two_pieces_with_a_third_is_all_of_it_once_they_are_one() ->
     assert agglomerate(np.where(np.arange(41) < 21, 0.01, found), 0.5, 0.2)[1] == 1
 
 
+def two_discs(apart: int) -> np.ndarray:  # type: ignore[type-arg]
+    """A disc of radius 4.2 and one of 3.7 that it touches, their centres so many pixels apart."""
+    rows, columns = np.mgrid[:20, :40]
+    large = (rows - 10) ** 2 + (columns - 14) ** 2 <= 4.2**2
+    small = (rows - 10) ** 2 + (columns - 14 - apart) ** 2 <= 3.7**2
+    return np.where(large | small, 0.99, 0.01)
+
+
+@pytest.mark.parametrize(("apart", "pieces"), [(6, 1), (7, 2), (8, 2)])
+def test_middles_are_farther_apart_than_six_pixels(apart: int, pieces: int) -> None:
+    for found in (two_discs(apart), two_discs(apart)[:, ::-1]):
+        assert scipy.ndimage.label(found > 0.5)[1] == 1
+        assert agglomerate(found, 0.5, 0)[1] == pieces
+
+
+def test_what_is_at_the_threshold_is_membrane_and_what_is_at_the_limit_stays_apart() -> None:
+    assert agglomerate(np.full((3, 3), 0.5), 0.5, 0.2)[1] == 0
+    assert agglomerate(two_cells(0.75), 0.5, 0.25)[1] == 2
+    assert agglomerate(two_cells(0.75), 0.5, 0.26)[1] == 1
+
+
+def test_the_first_cell_may_lie_to_the_right_of_its_neighbour() -> None:
+    found = np.full((30, 41), 0.01)
+    found[10:, :20] = found[:20, 21:] = found[13:17, 20] = 0.99
+    assert agglomerate(found, 0.5, 0)[1] == 2
+    assert agglomerate(found, 0.5, 0.2)[1] == 1
+
+
+def test_the_mean_of_a_joint_border_counts_its_pixels() -> None:
+    """The upper rooms join first; then neither gap to the lower room is below the limit alone, but their mean is."""
+    found = np.full((41, 41), 0.99, np.float32)
+    found[:20, 20] = found[20] = 0.01
+    found[8:12, 20], found[20, 8:12], found[20, 29:33] = 0.99, 0.6, 0.85
+    # 0.4 and 0.15 of membrane, 0.275 together.
+    assert agglomerate(found, 0.5, 0.28)[1] == 1
+
+
+def test_limits_at_their_ends() -> None:
+    check_limit(0.5, 0)
+    with pytest.raises(UnetError, match=r"give a --threshold below 0\.8, such as 0\.5"):
+        check_limit(0.9, 0.2)
+
+
 LEVELS = st.sampled_from([0.0, 0.3, 0.55, 0.7, 0.9, 1.0])
 maps = arrays(np.float64, st.tuples(st.integers(1, 24), st.integers(1, 24)), elements=LEVELS)
 

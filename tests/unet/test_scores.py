@@ -21,6 +21,7 @@ from PIL import Image
 
 from unet.errors import UnetError
 from unet.scores import dice, pixel_error, score_stack, thinned_segments, v_rand_v_info
+from unet.scores.__main__ import main
 from unet.volume import read_labels
 
 Array = npt.NDArray[Any]
@@ -225,6 +226,32 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["best_v_info"] == pytest.approx(1)
     done = subprocess.run([*line, "--pages", "1:9"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: --pages 1:9 is outside the stack's 0:3\n")
+
+
+def test_eight_bits_and_any_number_of_processes_give_the_same_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probability = np.repeat(np.where(TRUTH, 153, 51).astype(np.uint8)[np.newaxis], 2, 0)
+    tifffile.imwrite(tmp_path / "p8.tif", probability, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "p.tif", probability / np.float32(255), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "l.tif", np.repeat((TRUTH * np.uint8(255))[np.newaxis], 2, 0), photometric="minisblack")
+    said = []
+    for words in (["p.tif"], ["p8.tif"], ["p8.tif", "--jobs", "2"]):
+        name, *flags = words
+        assert main([str(tmp_path / name), str(tmp_path / "l.tif"), "--threshold", "0.3", "--json", *flags]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1] == said[2]
+    assert said[0]["pixel_error"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("threshold", "said"), [("0", ""), ("1", ""), ("-0.1", "from 0 to 1"), ("1.1", "from 0 to 1")])
+def test_a_threshold_is_a_probability(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], threshold: str, said: str
+) -> None:
+    for name, plane in (("p.tif", TRUTH * np.float32(0.9)), ("l.tif", TRUTH * np.uint8(255))):
+        tifffile.imwrite(tmp_path / name, plane, photometric="minisblack")
+    assert main([str(tmp_path / "p.tif"), str(tmp_path / "l.tif"), f"--threshold={threshold}"]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
 
 
 def dilated(membrane: Array, times: int) -> Array:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from skimage.metrics import adapted_rand_error, variation_of_information
 
 from unet.errors import UnetError
-from unet.scores import Overlaps, VolumeScores
+from unet.scores import Overlaps, VolumeScores, score_volumes
 from unet.scores.__main__ import main
+from unet.volume import open_volume
 
 
 def scores_by_block(
@@ -42,6 +43,31 @@ def test_the_scores_are_scikit_images(seed: int, cells: int, blocks: int, ignore
     assert (found.split, found.merge) == pytest.approx((split, merge), abs=1e-9)
     assert found.rand_error == pytest.approx(0.0 if np.isnan(error) else error, abs=1e-9)
     assert found.voxels == np.count_nonzero(truth) if ignore else truth.size
+
+
+def test_pairs_that_wait_are_summed_without_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    truth, segments = random.integers(0, 9, (2, 9, 16, 16))
+    at_once = scores_by_block(truth, segments, 1)
+    monkeypatch.setattr("unet.scores.volumes._MOST_PENDING", 1)
+    for blocks in (2, 9):
+        assert scores_by_block(truth, segments, blocks) == at_once
+
+
+def test_without_any_pair_nothing_is_told_apart_wrongly() -> None:
+    ids = np.arange(1, 9).reshape(2, 2, 2)
+    assert scores_by_block(ids, ids[::-1], 1) == VolumeScores(0.0, 0.0, 0.0, 8)
+
+
+def test_all_slices_are_scored_unless_some_are_named(tmp_path: Path) -> None:
+    truth = np.ones((3, 20, 30), np.uint8)
+    segments = truth.copy()
+    segments[2, :10] = 2
+    for name, ids in (("truth", truth), ("found", segments)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", ids, photometric="minisblack")
+    with open_volume(tmp_path / "truth.tif") as one, open_volume(tmp_path / "found.tif") as other:
+        assert score_volumes(one, other) == scores_by_block(truth, segments, 3)
+        assert score_volumes(one, other, range(2)).variation == 0
 
 
 def test_a_split_is_no_merge() -> None:
@@ -85,6 +111,7 @@ def test_the_command_scores_volumes(tmp_path: Path, capsys: pytest.CaptureFixtur
         found = json.loads(capsys.readouterr().out)
         wanted = variation_of_information(truth[part], segments[part], ignore_labels=(ignored,))
         assert (found["split"], found["merge"]) == pytest.approx(tuple(wanted))
+        assert found["variation"] == pytest.approx(sum(wanted))
         error = adapted_rand_error(truth[part], segments[part], ignore_labels=(ignored,))[0]
         assert found["rand_error"] == pytest.approx(error)
     assert main(line[:-1]) == 0
