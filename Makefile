@@ -10,7 +10,6 @@ PROFILE ?= cpu
 
 HOROVOD := 0.28.1
 TORCH := torch==2.13.0
-CYCLONEDX := cyclonedx-bom==7.5.0
 EXTRAS := train,export,serve,zarr,n5,http,s3,gs,hdf5,mrc,dask,int8,bioimageio,otlp,sign,docs,dev
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton
 LOGS := .cache/install
@@ -125,7 +124,7 @@ v100-report: install  ## on a machine with a V100: build the plan, prove it, mea
 ##@ Containers
 
 .PHONY: images
-images:  ## build the CPU images of server and trainer, with Docker or buildah
+images:  ## build the CPU images of server, trainer and client, with Docker or buildah
 	@docker/images.sh
 
 .PHONY: test-images
@@ -185,13 +184,18 @@ constraints: install  ## resolve constraints.txt and constraints.lock anew, for 
 	$(foreach extra,train export serve zarr n5 http s3 gs hdf5 mrc dask int8 bioimageio otlp sign gpu rtx docs dev,--extra $(extra)) pyproject.toml -o constraints.lock
 	@sed -e '/^    --hash/d' -e 's/ \\$$//' constraints.lock > constraints.txt
 
-# In an environment of its own, so that it lists the project's packages and not its own.
 .PHONY: sbom
-sbom: install  ## sbom.cdx.json: every package of .venv with version and licence, as CycloneDX
-	@$(PYTHON) tools/progress.py --title "listing packages" --expected_s 15 --log $(LOGS)/sbom.log \
-	-- $(BIN)/uvx --constraints constraints.txt --from $(CYCLONEDX) cyclonedx-py environment --validate --output-reproducible \
-	--spec-version 1.6 --pyproject pyproject.toml --output-file sbom.cdx.json $(BIN)/python
-	@echo sbom.cdx.json
+sbom: install  ## sbom/: the packages of .venv, and the requirements of the wheel that it builds in dist/, as CycloneDX
+	@$(PYTHON) tools/progress.py --title "building the wheel" --expected_s 5 --log $(LOGS)/wheel.log \
+	-- $(BIN)/uv build --no-build-isolation --python $(BIN)/python --out-dir dist
+	@$(BIN)/python -m tools.sbom --out sbom/environment.cdx.json environment
+	@$(BIN)/python -m tools.sbom --out sbom/wheel.cdx.json wheel dist/*-$$($(BIN)/python -c 'import unet; print(unet.__version__)')-*.whl
+
+.PHONY: sbom-images
+sbom-images: install  ## sbom/: the packages of the images that `make images` built, as CycloneDX
+	@mkdir -p .cache/images; for image in serve train client; do \
+	docker/packages.sh unet-$$image:cpu > .cache/images/packages.tar; \
+	$(BIN)/python -m tools.sbom --out sbom/unet-$$image.cdx.json image unet-$$image .cache/images/packages.tar; done
 
 .PHONY: install-rtx
 install-rtx: install  ## TensorRT-RTX (proprietary), whose builder checks graph and profiles without a GPU
