@@ -35,11 +35,17 @@ def _figure() -> Any:
 
 
 def learning_curve(model_dir: str | Path) -> Path | None:
-    """Draw the loss and the validation scores over the steps, from a run's log, as ``learning_curve.png`` beside it.
+    """Draw ``learning_curve.png`` beside a run's log; the picture, or None if the log has no loss yet."""
+    figure = curve_figure(model_dir)
+    if figure is None:
+        return None
+    path = Path(model_dir) / CURVE_NAME
+    _save(figure, path)
+    return path
 
-    Returns:
-        The picture, or None if the log has no loss yet.
-    """
+
+def curve_figure(model_dir: str | Path) -> Any:
+    """The loss and the validation scores over the steps, from a run's log; None if it has no loss yet."""
     points: dict[str, list[tuple[int, float]]] = {"loss": [], "v_rand": [], "v_info": [], "dice": []}
     for step, data in read_log(model_dir):
         for name in points.keys() & data.keys():
@@ -61,9 +67,7 @@ def learning_curve(model_dir: str | Path) -> Path | None:
             right.plot(*zip(*points[name]), style, color=_COLOURS[name], label=f"{label}, validation slices")
         right.set_ylabel("score (1 is perfect)")
     figure.legend(loc="outside upper center", ncols=2)
-    path = Path(model_dir) / CURVE_NAME
-    _save(figure, path)
-    return path
+    return figure
 
 
 def threshold_curve(scores: Tally, threshold: float, path: Path) -> None:

@@ -61,7 +61,7 @@ class Fold:
         Raises:
             TrainError: if the trainer fails.
         """
-        if self._score_files():
+        if self.is_scored:
             say(f"fold {self.number}: scored already, in {self.folder}")
             return
         line = [*launcher, sys.executable, str(MAIN), *flags, "--exec_mode", "train_and_evaluate"]
@@ -69,8 +69,13 @@ class Fold:
         say(f"fold {self.number}:")
         with child(line) as trainer:
             trainer.wait()
-        if trainer.returncode != 0 or not self._score_files():
+        if trainer.returncode != 0 or not self.is_scored:
             raise TrainError(f"fold {self.number} was not scored: see {self.folder}; the same command continues there")
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the fold was trained and scored."""
+        return bool(self._score_files())
 
     def scores(self) -> dict[str, float]:
         """The fold's scores: means over its held-out slices.
@@ -87,6 +92,19 @@ class Fold:
     def _score_files(self) -> list[Path]:
         """One for each size of slices."""
         return sorted((self.folder / "eval").glob("scores-*.json"))
+
+
+def folds_in(model_dir: Path) -> list[Fold]:
+    """The folds whose runs are, or will be, in a folder."""
+    return [Fold(number, model_dir / f"fold-{number}") for number in range(FOLDS)]
+
+
+def with_means(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The scores of each fold, two or more, and below them their means and standard deviations."""
+    values = {name: [row[name] for row in rows.values()] for name in FIGURES}
+    means = {name: float(np.mean(column)) for name, column in values.items()}
+    deviations = {name: float(np.std(column, ddof=1)) for name, column in values.items()}
+    return {**rows, "mean": means, "standard deviation": deviations}
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -114,15 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     launcher = ["horovodrun", "-np", str(chosen.ranks), "--gloo"] if chosen.ranks > 1 else []
     if launcher:
         launcher[0] = str(Path(sys.executable).with_name("horovodrun"))
-    folds = [Fold(number, chosen.model_dir / f"fold-{number}") for number in range(FOLDS)]
+    folds = folds_in(chosen.model_dir)
     for fold in folds:
         fold.check(config_of({**given, "crossvalidation_idx": fold.number}).for_ranks(chosen.ranks))
     for fold in folds:
         fold.train(launcher, flags)
-    rows = {str(fold.number): fold.scores() for fold in folds}
-    values = {name: [row[name] for row in rows.values()] for name in FIGURES}
-    rows["mean"] = {name: float(np.mean(column)) for name, column in values.items()}
-    rows["standard deviation"] = {name: float(np.std(column, ddof=1)) for name, column in values.items()}
+    rows = with_means({str(fold.number): fold.scores() for fold in folds})
     with atomic_file(chosen.model_dir / "folds.csv") as aside, aside.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["fold", *FIGURES])

@@ -228,7 +228,7 @@ class TrainingLoop:
         total = Tally(np.asarray(sums))
         threshold = total.best_threshold
         scores = total.at(threshold)
-        score = scores["v_rand"] + scores["v_info"] if math.isfinite(scores["v_rand"]) else 2 * scores["dice"]
+        score = total.order(threshold)
         improved = score > self._best_score
         text = "validation V_rand {v_rand:.4f}, V_info {v_info:.4f}, Dice {dice:.4f} at the threshold"
         ending = ", the best so far" if improved else ""

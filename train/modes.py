@@ -190,8 +190,12 @@ def _finish(config: TrainConfig, run: Run, log: RunLog, step: int, data: Data) -
     )
 
 
-def _trained_predictor(config: TrainConfig, runs: Sequence[Run]) -> Predictor:
-    """The mean of the runs' networks, the first of which ``config`` is about."""
+def trained_predictor(config: TrainConfig, runs: Sequence[Run]) -> Predictor:
+    """The mean of the runs' networks, the first of which ``config`` is about.
+
+    Raises:
+        TrainError: if a run has no weights yet.
+    """
     predictors = []
     for run in runs:
         own = config if run is runs[0] else config_of(run.record["settings"])
@@ -234,7 +238,7 @@ def _require_held_out(runs: Sequence[Run]) -> None:
 def _predict(config: TrainConfig, run: Run, log: RunLog) -> None:
     """Segment `test-volume.tif` of the data folder into ``model_dir/eval``."""
     source = find_test(config.data_dir)
-    predict = _trained_predictor(config, _with_others(config, run))
+    predict = trained_predictor(config, _with_others(config, run))
     target = run.folder / "eval" / "test-probability.tif"
     with open_volume(source) as reader:
         windows = find_windows(reader, config.window_choice)
@@ -250,7 +254,7 @@ def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
     if run.held_out:
         _require_held_out(runs)
     data = load_data(config, run.record)
-    predict = _trained_predictor(config, runs)
+    predict = trained_predictor(config, runs)
     by_shape: dict[tuple[int, ...], list[Slice]] = {}
     for item in data.held_out or data.training:
         by_shape.setdefault(item.label.shape, []).append(item)

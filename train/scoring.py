@@ -13,7 +13,7 @@ from unet.scores import THRESHOLDS, v_rand_v_info
 from unet.volume import NOT_ANNOTATED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from train.evaluation import Predictor
     from train.input.store import Slice
@@ -85,6 +85,12 @@ class Tally:
         names = ("v_rand", "v_info", "dice", "pixel_error")
         return {name: float(getattr(self, name)[cut]) for name in names}
 
+    def order(self, threshold: float) -> float:
+        """What networks and slices are ordered by: V_rand + V_info, or twice the Dice where no slice has cells."""
+        at = self.at(threshold)
+        total = at["v_rand"] + at["v_info"]
+        return total if np.isfinite(total) else 2 * at["dice"]
+
     def as_dict(self, threshold: float) -> dict[str, Any]:
         """Everything, for JSON: the scores at ``threshold``, and the challenge's own, each at its best threshold."""
         at = self.at(threshold)
@@ -103,8 +109,19 @@ class Tally:
         return {**record, "thresholds": list(self.thresholds)}
 
 
-def tally(predict: Predictor, slices: Iterable[Slice], thresholds: Sequence[float] = THRESHOLDS) -> Tally:
+def tally(
+    predict: Predictor,
+    slices: Iterable[Slice],
+    thresholds: Sequence[float] = THRESHOLDS,
+    look: Callable[[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float32]], None] | None = None,
+) -> Tally:
     """Score the network on slices, one after another; pixels that are not annotated count nowhere.
+
+    Args:
+        predict: the network.
+        slices: labelled ones.
+        thresholds: where its probability is cut.
+        look: is shown the image, label and probability of each slice, or of each block of a large one.
 
     Raises:
         TrainError: if the network's answer is not a number.
@@ -112,7 +129,10 @@ def tally(predict: Predictor, slices: Iterable[Slice], thresholds: Sequence[floa
     sums = np.zeros((8, len(thresholds)))
     for item in slices:
         for image, label, inner in _blocks(item):
-            sums += _score(predict(image)[inner], label, thresholds)
+            probability = predict(image)[inner]
+            sums += _score(probability, label, thresholds)
+            if look is not None:
+                look(image[inner], label, probability)
         item.release()
     return Tally(sums, tuple(float(cut) for cut in thresholds))
 

@@ -133,6 +133,13 @@ def test_the_report_of_the_demo_is_there(
     assert (checkout / "report.html").stat().st_size > 100_000
 
 
+def test_the_report_of_the_run_is_there(
+    transcript: dict[str, subprocess.CompletedProcess[str]], checkout: Path
+) -> None:
+    assert "result/report.html: 6 slices" in output_of(transcript, "python -m train.report")
+    assert "train-volume.tif[29]" in (checkout / "result" / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_readme_is_short(project_root: Path) -> None:
     assert len((project_root / "README.md").read_text(encoding="utf-8").split()) < 900
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from train.errors import TrainError
 from unet.errors import say
 from unet.files import atomic_file, parse_json
 
@@ -101,8 +102,22 @@ def _is_until(line: str, step: int) -> bool:
 
 
 def read_log(model_dir: str | Path) -> Iterator[tuple[int | str | list[Any], dict[str, Any]]]:
-    """The (step, data) of each event in a run's folder."""
-    with (Path(model_dir) / LOG_NAME).open(encoding="utf-8") as stream:
-        for line in stream:
-            record = parse_json(line[len(_PREFIX) :])
-            yield record["step"], record["data"]
+    """The (step, data) of each event in a run's folder; none where there is no log yet.
+
+    Raises:
+        TrainError: if a line is something else.
+    """
+    path = Path(model_dir) / LOG_NAME
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.endswith("\n"):
+                return  # is being written, or was when its writer was killed
+            try:
+                record = parse_json(line[len(_PREFIX) :])
+                yield record["step"], record["data"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise TrainError(
+                    f"{path} is damaged in line {number}: --resume of the run repairs it, or take the line out"
+                ) from error

@@ -1,12 +1,11 @@
-"""Charts of the report by matplotlib: SVG in a data address, its letters as outlines, so that it needs no font."""
+"""Charts of the report by matplotlib."""
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import TYPE_CHECKING, Any
 
 from serve.measure.rows import lone_rows
+from unet.page import svg
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,17 +20,6 @@ MARKERS = "osD^vPX"
 # The axes of the score chart: left, bottom, width and height as shares of the picture. The page draws its line there.
 SCORE_AXES = (0.11, 0.14, 0.86, 0.66)
 _INCHES = (5.6, 3.6)
-
-
-def svg(figure: Figure) -> str:
-    """A figure as a data address that an ``img`` element shows."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    # The same figure gives the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "report"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def line_figure(

@@ -13,17 +13,18 @@ import numpy as np
 from serve.measure.common import MeasureError
 from serve.measure.page.charts import SCORE_AXES, score_chart, speed_charts
 from serve.measure.page.slices import slices_of, stack_scores, truth_of
-from serve.measure.page.truth import LEAST_PX, LEAST_SHARE
 from unet.card import CARD_FILE
 from unet.config import setting
 from unet.files import atomic_file, read_json
 from unet.files.demo import DEMO
 from unet.names import DEFAULT_THRESHOLD
+from unet.page import table
+from unet.scores.truth import MERGE_AND_SPLIT_RULE
 from unet.volume import read_labels
 from unet.volume.overlay import MEMBRANE_COLOUR, OPACITY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from unet.scores import StackScores
     from unet.volume import LabelOptions
@@ -140,13 +141,9 @@ def score_section(scores: StackScores, described: str) -> str:
         "V_info, the best of these slices": f"{scores.best_v_info:.4f} at {scores.best_v_info_threshold:g}",
     }
     chart = '<div class="chart"><img id="scores" alt="scores over the threshold"><div id="cursor"></div></div>'
-    rule = (
-        f"A true segment counts as split where two proposed ones each hold {LEAST_SHARE:.0%} of it, and as merged "
-        f"where one proposed segment holds as much of it and of another; {LEAST_PX} pixels at least."
-    )
     return (
         f"<h2>Scores</h2><p>{html.escape(described)} The line in the chart is the threshold above.</p>"
-        f"<div class='side'><div>{table(rows)}<p class='rule'>{rule}</p></div>{chart}</div>"
+        f"<div class='side'><div>{table(rows)}<p class='rule'>{MERGE_AND_SPLIT_RULE}</p></div>{chart}</div>"
     )
 
 
@@ -164,12 +161,6 @@ def speed_section(path: Path) -> str:
         return "<h2>Speed</h2><p>Something else was running: no row of the benchmark can be relied on.</p>"
     pictures = "".join(f'<div class="chart"><img class="speed" src="{one}" alt="speed"></div>' for one in charts)
     return f"<h2>Speed</h2><p>Images of {side} x {side}, one request at a time.</p><div class='side'>{pictures}</div>"
-
-
-def table(rows: Mapping[str, Any]) -> str:
-    """Names and values as an HTML table."""
-    lines = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items())
-    return f"<table>{''.join(lines)}</table>"
 
 
 def card_section(card: dict[str, Any]) -> str:

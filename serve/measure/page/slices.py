@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from serve.measure.common import MeasureError
-from serve.measure.page.truth import merges_and_splits, true_segments
 from unet.intensity import find_windows
+from unet.page import picture
 from unet.scores import StackScores, dice, pixel_error, score_stack
+from unet.scores.truth import merges_and_splits, true_segments
 from unet.volume import PROBABILITY_LIMITS, open_volume, page_range
 from unet.volume.overlay import shrink, shrink_factor
 
@@ -23,22 +22,6 @@ if TYPE_CHECKING:
 THRESHOLDS = tuple(step / 10 for step in range(11))
 # Merges and splits are marked at these; the page takes the nearest.
 MARKED = tuple(step / 20 for step in range(21))
-_JPEG_QUALITY = 85
-
-
-def picture(pixels: npt.NDArray[np.uint8], kind: str) -> str:
-    """An image, grey [H, W] or RGB [H, W, 3], as a data address.
-
-    Args:
-        pixels: of the image.
-        kind: "JPEG", smaller, or "PNG", exact.
-    """
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    options = {"quality": _JPEG_QUALITY} if kind == "JPEG" else {"optimize": True}
-    Image.fromarray(pixels).save(buffer, format=kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def slices_of(images: Path, probabilities: Path, pages: str = ":") -> Iterator[tuple[int, dict[str, Any], Any]]:

@@ -19,7 +19,7 @@ from PIL import Image
 from serve.measure.common import MeasureError
 from serve.measure.page.charts import COLOURS, MARKERS, line_figure, speed_charts
 from serve.measure.page.report import ReportSettings, speed_section
-from serve.measure.page.truth import UNKNOWN, merges_and_splits, true_segments
+from unet.scores.truth import UNKNOWN, merges_and_splits, true_segments
 from serve.report import main
 from tests.serve.measure.browser import browser
 

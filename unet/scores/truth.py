@@ -11,6 +11,10 @@ from unet.volume.labels import NOT_ANNOTATED, NOT_MEMBRANE
 
 # A true and a proposed segment belong together where they share a tenth of the true one, and so many pixels.
 LEAST_SHARE, LEAST_PX = 0.1, 25
+MERGE_AND_SPLIT_RULE = (
+    f"A true segment counts as split where two proposed ones each hold {LEAST_SHARE:.0%} of it, and as merged "
+    f"where one proposed segment holds as much of it and of another; {LEAST_PX} pixels at least."
+)
 # The number that stands for "nobody annotated this" in the picture of the true segments.
 UNKNOWN = 0xFFFFFF
 
