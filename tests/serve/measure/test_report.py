@@ -19,9 +19,9 @@ from PIL import Image
 from serve.measure.common import MeasureError
 from serve.measure.page.charts import COLOURS, MARKERS, line_figure, speed_charts
 from serve.measure.page.report import ReportSettings, speed_section
-from unet.scores.truth import UNKNOWN, merges_and_splits, true_segments
 from serve.report import main
 from tests.serve.measure.browser import browser
+from unet.scores.truth import UNKNOWN, merges_and_splits, true_segments
 
 RNG = np.random.default_rng(4)
 
