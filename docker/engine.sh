@@ -15,7 +15,7 @@ elif command -v buildah >/dev/null; then
     engine=buildah
     build() { buildah --storage-driver vfs bud --isolation chroot --format docker "$@" .; }
     in_image() {
-        container=$(buildah --storage-driver vfs from "localhost/$1") || return
+        container=$(buildah --storage-driver vfs from --pull-never "localhost/$1" 2>/dev/null) || return
         shift
         code=0
         buildah --storage-driver vfs run --isolation chroot "$container" -- "$@" || code=$?

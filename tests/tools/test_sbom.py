@@ -152,3 +152,16 @@ def test_what_is_no_archive_is_one_sentence(content: bytes, tmp_path: Path, proj
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_requirement_that_is_not_locked_is_one_sentence(
+    tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project_root)
+    wheel = tmp_path / "x-1-py3-none-any.whl"
+    with ZipFile(wheel, "w") as packed:
+        said = "Metadata-Version: 2.1\nName: x\nVersion: 1\nRequires-Dist: numpy\nRequires-Dist: not-locked>=1\n"
+        packed.writestr("x-1.dist-info/METADATA", said)
+    assert sbom.main(["--out", str(tmp_path / "out"), "wheel", str(wheel)]) == 2
+    assert capsys.readouterr().err == "error: constraints.txt has no version of not-locked: run `make constraints`\n"
+    assert not (tmp_path / "out").exists()

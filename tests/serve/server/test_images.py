@@ -227,6 +227,13 @@ def test_an_images_bill_of_materials_is_what_is_in_it(image: str, tmp_path: Path
     assert ("tritonclient 2.50.0" in python) == (image != "unet-serve")
 
 
+def test_the_packages_of_an_image_that_is_not_there_are_one_sentence() -> None:
+    line = ["docker/packages.sh", "unet-none:cpu"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = "error: the packages of unet-none:cpu could not be read: build it first (make images)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 def test_two_ranks_train_in_the_training_image(training: str) -> None:
     script = (
         "set -e; cd /tmp; python -m unet.phantom --out data --slices 5 --size 96;"
