@@ -154,6 +154,12 @@ torture: install  ## damaged files and artefacts, faults of the disk, publishing
 	@$(BIN)/python -m tests.torture.faults.campaign --out torture.md
 	@$(BIN)/python -m tests.torture.publishing --changes 100 --out torture.md
 
+.PHONY: mutation
+mutation: install  ## small changes of our own code, each of which a test must notice; what survives is listed (mutmut, half an hour)
+	@$(INSTALL) $(MUTMUT)
+	@$(BIN)/python -m mutmut run $(MUTATION_FLAGS)
+	@$(BIN)/python -m mutmut results
+
 .PHONY: torture-shards
 torture-shards: install  ## 200 SIGKILLs of tasks, workers, clients and schedulers; every byte compared (TORTURE_FLAGS=)
 	@$(BIN)/python -m tests.serve.volume.shards.torture $(TORTURE_FLAGS)
@@ -203,4 +209,4 @@ install-rtx: install  ## TensorRT-RTX (proprietary), whose builder checks graph 
 
 .PHONY: clean
 clean:  ## remove what was built, but not data/ nor results
-	@rm -rf $(VENV) .venv-peers .cache .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis site *.egg-info
+	@rm -rf $(VENV) .venv-peers .cache .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis site mutants *.egg-info

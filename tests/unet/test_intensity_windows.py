@@ -119,6 +119,38 @@ def test_a_window_that_is_too_wide_is_said(tmp_path: Path) -> None:
     assert windows(path, (26000, 31100)).notes == ()
 
 
+def test_what_a_window_leaves_out_is_said_with_its_share(tmp_path: Path) -> None:
+    filled = TISSUE.reshape(1, 204, 500).repeat(2, 0)
+    filled[0, :51], filled[:, -51:] = 0, 65535
+    path = stack(tmp_path, filled.astype(np.uint16))
+    said = f"the intensity window of {path} leaves out pixels of exactly 0 (12.5%) and 65535 (25.0%)"
+    assert said in windows(path).notes
+    # By slices, each of which leaves out its own, the shares are those of the whole stack.
+    assert said in windows(path, "slice").notes
+
+
+def test_how_many_slices_have_too_wide_a_window_is_said(tmp_path: Path) -> None:
+    wide = TISSUE.copy()
+    wide[2, 0, :100] = np.arange(100) * 250 + 500  # 0.4 % far below
+    path = stack(tmp_path, wide.astype(np.uint16))
+    (note,) = windows(path, "slice").notes
+    low, bulk_low, bulk_high, high = np.sort(wide[2].ravel())[[25, 255, -256, -26]]
+    assert note.startswith(
+        f"nearly all pixels of 1 of 4 slices of {path} lie between {bulk_low} and {bulk_high}, in a quarter of the "
+        f"intensity window {low} to {high}: "
+    )
+    (given,) = windows(path, (0, 65535)).notes
+    assert given.startswith(f"nearly all pixels of {path} lie between 26")
+
+
+def test_every_floating_point_slice_is_looked_at_for_what_is_no_number(tmp_path: Path) -> None:
+    pixels = np.tile(TISSUE, (5, 1, 1)).astype(np.float32)
+    pixels[1, 0, 0] = np.nan
+    path = stack(tmp_path, pixels)
+    (note,) = windows(path, (26000.0, 31100.0)).notes
+    assert note.startswith(f"1 pixels of {path} are not finite numbers")
+
+
 def test_what_is_no_number_becomes_an_end_and_is_counted(tmp_path: Path) -> None:
     broken = TISSUE.astype(np.float32)
     broken[0, 0, :3] = np.nan, np.inf, -np.inf

@@ -20,6 +20,7 @@ from serve.client import main
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
 from serve.segment.answer import check_probabilities
+from serve.segment.errors import Action
 from serve.server.control import control_of
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
@@ -141,6 +142,24 @@ def test_the_gate_takes_what_is_from_0_to_1_and_nothing_else(bits: int) -> None:
         else:
             with pytest.raises(ServerError, match="not from 0 to 1"):
                 check_probabilities(values, values.shape, values.dtype, "x")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_gate_says_what_is_wrong(dtype: type[np.floating[Any]]) -> None:
+    # Minus zero is from 0 to 1, beside whatever else is.
+    values = np.array([-0.0, 0, 0.5, 1], dtype).reshape(1, 1, 2, 2)
+    assert check_probabilities(values, (1, 1, 2, 2), dtype, "here") is values
+    values[0, 0, 1] = 1.5, np.nan
+    with pytest.raises(ServerError) as caught:
+        check_probabilities(values, values.shape, dtype, "here")
+    assert str(caught.value).startswith("here answered with 2 values that are not from 0 to 1, 1.5 the first of them: ")
+    assert caught.value.action is Action.LEAVE
+    other = np.float32 if dtype is np.float16 else np.float16
+    for shape, due in (((1, 1, 2, 3), dtype), (values.shape, other)):
+        with pytest.raises(ServerError) as caught:
+            check_probabilities(values, shape, due, "here")
+        said = f"here answered with {values.dtype} [1, 1, 2, 2] instead of {np.dtype(due)} {list(shape)}: "
+        assert str(caught.value).startswith(said)
 
 
 @pytest.fixture

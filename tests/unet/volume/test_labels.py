@@ -7,12 +7,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from unet.errors import UnetError
 from unet.scores import dice, pixel_error, score_stack
 from unet.scores.__main__ import main
 from unet.volume import NOT_ANNOTATED, LabelOptions, StackError, read_labels
+from unet.volume.labels import _NAMED_VALUES, labels_of_ids
 
 Array = npt.NDArray[Any]
 
@@ -100,6 +104,51 @@ def test_membrane_lies_between_ids(tmp_path: Path, width: int, columns: list[int
     expected[:, :, columns] = 0
     options = LabelOptions(membrane_width=width, membrane_value=0)
     assert np.array_equal(read_labels(write(tmp_path, IDS), options), expected)
+
+
+def labels_by_pixel(ids: Array, options: LabelOptions) -> Array:
+    """What ``labels_of_ids`` says in whole arrays, pixel by pixel."""
+    height, width = ids.shape
+    sides = []
+    for row, column in np.ndindex(height, width):
+        for beyond in ((row, column + 1), (row + 1, column)):
+            if beyond[0] < height and beyond[1] < width:
+                one, other = ids[row, column], ids[beyond]
+                if one != other and options.ignore_label not in (one, other):
+                    sides += [(row, column), beyond] if options.membrane_width % 2 == 0 else [(row, column)]
+    labels = np.ones(ids.shape, np.uint8)
+    for row, column in np.ndindex(height, width):
+        near = any(abs(row - r) + abs(column - c) <= (options.membrane_width - 1) // 2 for r, c in sides)
+        if near or ids[row, column] == options.membrane_value:
+            labels[row, column] = 0
+        if ids[row, column] == options.ignore_label:
+            labels[row, column] = NOT_ANNOTATED
+    return labels
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    ids=arrays(np.uint16, st.tuples(st.integers(1, 6), st.integers(1, 7)), elements=st.sampled_from([0, 1, 2, 9])),
+    width=st.integers(1, 6),
+    membrane=st.sampled_from([None, 0]),
+    ignored=st.sampled_from([None, 9]),
+)
+def test_membrane_between_ids_is_that_of_each_pair_of_pixels(
+    ids: Array, width: int, membrane: int | None, ignored: int | None
+) -> None:
+    options = LabelOptions(membrane, ignored, width)
+    found = labels_of_ids(ids, options)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, labels_by_pixel(ids, options))
+
+
+@pytest.mark.parametrize("values", [3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
+def test_of_many_values_a_few_are_named(tmp_path: Path, values: int) -> None:
+    path = write(tmp_path, np.arange(values, dtype=np.uint8).reshape(1, 1, values).repeat(3, 1))
+    with pytest.raises(StackError) as caught:
+        read_labels(path)
+    named, more = min(values - 1, _NAMED_VALUES), " ..." if values - 1 > _NAMED_VALUES else ""
+    assert f"has the values {', '.join(map(str, range(1, named + 1)))}{more} beside 0 by page 0" in str(caught.value)
 
 
 def test_the_id_of_no_cell_is_membrane_and_that_of_no_annotation_has_no_border(tmp_path: Path) -> None:

@@ -59,11 +59,15 @@ def test_parts_put_together_equal_the_whole(height: int, width: int, rows: int, 
     assert pixels.min() - 1e-6 <= whole.min() <= whole.max() <= pixels.max() + 1e-6
 
 
-def test_a_scaled_volume_keeps_its_pixel_format(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 30, 40)).astype(np.uint8)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+def test_a_scaled_volume_keeps_its_pixel_format(tmp_path: Path, dtype: npt.DTypeLike) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 30, 40)).astype(dtype)
     tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack")
     with open_volume(tmp_path / "a.tif") as original:
         volume = ScaledVolume(original, 45, 30)
-        assert (volume.pages, volume.height, volume.width, volume.dtype.name) == (2, 45, 30, "uint8")
-        assert np.array_equal(volume[1], np.rint(scaled(pixels[1], (45, 30))).astype(np.uint8))
+        assert (volume.pages, volume.height, volume.width, volume.dtype) == (2, 45, 30, dtype)
+        found, due = volume[1], scaled(pixels[1], (45, 30))
+        assert found.dtype == dtype
+        # Whole numbers are rounded, fractions stay.
+        np.testing.assert_array_equal(found, due if dtype == np.float32 else np.rint(due).astype(dtype))
         assert volume.fingerprint() == original.fingerprint()
