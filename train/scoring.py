@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
-# A larger slice is scored in blocks: its segments and its probability would need gigabytes.
-_BLOCK_PX = 4096
+# A larger slice is scored in blocks: its segments and its probability would need gigabytes. One of 4096 needs one more.
+_BLOCK_PX = 2048
 # Around a block, a multiple of the pooling grid that covers the halo.
 _AROUND_PX = -(-HALO // GRID) * GRID
 # What of the training slices chooses a threshold: so many of them, and of each a corner of at most this side.

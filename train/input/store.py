@@ -111,7 +111,7 @@ def load_stack(
             for row0 in range(0, reader.height, step):
                 row1 = min(reader.height, row0 + step)
                 images[page, row0:row1] = windows.apply(page, reader.rows(page, row0, row1))
-            _release(images)
+                _release(images)
     for note in windows.notes:
         warn(note)
     labels = planes(shape, np.uint8, in_memory=in_memory)

@@ -204,5 +204,6 @@ class StackReader(Volume):
         return (named.st_dev, named.st_ino) != (self._opened.st_dev, self._opened.st_ino)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and let go of what was decoded of it."""
+        self._decoded = None
         self._file.close()
