@@ -1,4 +1,4 @@
-"""Cards with other entries than the exporter wrote, sealed like its own."""
+"""Cards and runs' records with other entries than were written, sealed like the product's own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def rewrite_card(folder: Path, **entries: Any) -> None:
     path.write_text(sealed(values), encoding="utf-8")
 
 
+def rewrite_record(run: Path, **entries: Any) -> None:
+    """Replace entries of a training run's record; write one where there is none."""
+    path = run / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(sealed({**values, **entries}), encoding="utf-8")
+
+
 def sealed(values: dict[str, Any]) -> str:
-    """The text of a card of these entries."""
+    """The text of a card or a record of these entries."""
     return json.dumps({**values, "seal": seal_of(values)})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ExportError
+from unet.card import SEAL, seal_of
 from unet.files import read_json
 from unet.names import SAVED_MODEL
 
@@ -64,6 +65,11 @@ class TrainingRun:
             raise ExportError(f"{path} is not JSON ({error}): take it from the training run again") from error
         if not isinstance(values, dict):
             raise ExportError(f"{path} is not the configuration of a training run: take it from the run again")
+        if values.get(SEAL) != seal_of(values):
+            raise ExportError(
+                f"{path} is not as the training run wrote it, so what it held out is not known: take it from the run "
+                "again"
+            )
         try:
             return cls._of(folder, values, repeat)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:

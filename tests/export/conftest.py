@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from export.gate.tiles import Source, Tiles, gather_tiles
+from tests.cards import rewrite_record
 from unet.volume import StackWriter
 
 SIZES = (204, 220)
@@ -51,19 +52,15 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a training run leaves: config.json and saved_model."""
-    from unet.files import write_json
-
     folder = tmp_path_factory.mktemp("result")
     write_random_saved_model(folder / "saved_model")
-    write_json(
-        folder / "config.json",
-        {
-            "settings": {"base_filters": 2},
-            "repeat": "python train/main.py --config config.json",
-            "held_out": {"train-volume.tif": [1, 3]},
-            "trained": {"threshold": 0.6, "threshold_from": "validation"},
-            "versions": {"tensorflow": "2.15.1"},
-        },
+    rewrite_record(
+        folder,
+        settings={"base_filters": 2},
+        repeat="python train/main.py --config config.json",
+        held_out={"train-volume.tif": [1, 3]},
+        trained={"threshold": 0.6, "threshold_from": "validation"},
+        versions={"tensorflow": "2.15.1"},
     )
     return folder
 

@@ -19,11 +19,12 @@ from export.plan.settings import BuildSettings
 from export.plan.trtexec import plan_command
 from export.record.folder import sole_writer
 from export.record.provenance import versions
+from tests.cards import rewrite_record
 from unet.card import Card, CardError
 from unet.card.records import Proof
 from unet.card.signature import verify
 from unet.engine.cpu import load_engine
-from unet.files import atomic_directory, sha256_of, write_json
+from unet.files import atomic_directory, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = ("--tile_sizes", "204", "220")
@@ -310,7 +311,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, random_saved_model: Any) 
     tifffile.imwrite(folder / "train-volume.tif", images, photometric="minisblack")
     tifffile.imwrite(folder / "train-labels.tif", labels * np.uint8(255), photometric="minisblack")
     random_saved_model(folder / "result" / "saved_model", 4)
-    write_json(folder / "result" / "config.json", {"held_out": {"train-volume.tif": [1, 3]}})
+    rewrite_record(folder / "result", held_out={"train-volume.tif": [1, 3]})
     return folder / "result", folder
 
 
@@ -345,7 +346,7 @@ def test_without_slices_that_training_saw_8_bits_are_not_considered(
     labelled: tuple[Path, Path], tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(labelled[0], tmp_path / "result"))
-    write_json(model / "config.json", {"held_out": {"train-volume.tif": [0, 1, 2, 3]}})
+    rewrite_record(model, held_out={"train-volume.tif": [0, 1, 2, 3]})
     assert export(model, tmp_path / "out", "--data_dir", labelled[1]) == 0
     assert "openvino int8" not in Card.load(tmp_path / "out").model["engines_img_per_s"]
 

@@ -2,7 +2,7 @@
 
 One file of an export or of a repository is damaged, and published, rolled back or looked at before the server starts.
 Either a sentence names the file, or the damage changes no meaning: the same JSON value, the same protobuf message, the
-same bytes. A training run's ``config.json`` is text that users may edit: another valid one is counted as such.
+same bytes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from export.steps.training_run import TrainingRun
 from serve.models.config import ModelSettings
 from serve.models.publish import publish, rollback
 from serve.server.check import check_repository
+from tests.cards import rewrite_record
 from tests.serve.conftest import cropping_model
 from tests.torture.mutate import mutated
 from tests.torture.report import report
-from train.config import config_of, read_settings
+from train.run.folder import Run
 from unet.card import Card
 from unet.card.records import Engine, Proof
 from unet.engine.cpu import IR_ENTRIES
@@ -40,7 +41,7 @@ from unet.machine import instruction_sets
 from unet.names import INT8_FILE
 
 SETTINGS = ModelSettings(max_batch_size=8, max_tile_size=1004, backend="python")
-VERDICTS = ("refused", "same meaning", "another valid one", "wrong")
+VERDICTS = ("refused", "same meaning", "wrong")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class Target:
         path: of it.
         use: what takes it.
         meaning: what its bytes mean; raises where they mean nothing.
-        free: whether another valid content is another valid one, which users may write.
         entry: of a zip file, what in it is damaged.
     """
 
@@ -60,7 +60,6 @@ class Target:
     path: Path
     use: Callable[[], object]
     meaning: Callable[[bytes], Any]
-    free: bool = False
     entry: str = ""
 
     def damage(self, rng: random.Random) -> bytes:
@@ -122,7 +121,7 @@ def targets(folder: Path) -> list[Target]:
     settings = {"base_filters": 16, "learning_rate": 0.001, "seed": 3, "augment": True}
     record = {"settings": settings, "held_out": {"train-volume.tif": [1, 3]}, "versions": {"tensorflow": "2.15.1"}}
     trained = {"threshold": 0.6, "threshold_from": "validation"}
-    (run / "config.json").write_text(json.dumps({**record, "repeat": "python", "trained": trained}, indent=2))
+    rewrite_record(run, **record, repeat="python", trained=trained)
 
     def published() -> None:
         publish(made, folder / "elsewhere", SETTINGS)
@@ -133,7 +132,7 @@ def targets(folder: Path) -> list[Target]:
 
     def recorded() -> None:
         TrainingRun.read(run)
-        config_of(read_settings(run / "config.json"))
+        Run(run).configure({"exec_mode": "evaluate"})
 
     def loaded() -> None:
         check_repository(models)
@@ -149,7 +148,7 @@ def targets(folder: Path) -> list[Target]:
         Target("card.json of a version, loaded", version / "card.json", loaded, _json),
         Target("card.json of a version, gone back to", version / "card.json", gone_back, _json),
         Target("ONNX of a version, gone back to", version / "model.fp16.onnx", gone_back, bytes),
-        Target("config.json, exported or continued", run / "config.json", recorded, _json, free=True),
+        Target("config.json, exported or continued", run / "config.json", recorded, _json),
     ]
 
 
@@ -185,7 +184,7 @@ def judge(target: Target, content: bytes, damaged: bytes) -> tuple[str, str]:
         return "wrong", f"taken, and means nothing: {str(error)[:100]}"
     if same:
         return "same meaning", ""
-    return ("another valid one", "") if target.free else ("wrong", "taken with another meaning")
+    return "wrong", "taken with another meaning"
 
 
 def attack(inputs: int, campaign: int, *, note: Callable[[str], None] = lambda text: None) -> Counts:

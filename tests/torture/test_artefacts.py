@@ -15,6 +15,7 @@ from serve.models.publish import publish, rollback
 from serve.repository import main
 from serve.server.check import check_repository
 from serve.server.install import TritonError
+from tests.cards import rewrite_record
 from tests.torture.artefacts import VERDICTS, attack
 from unet.card import Card, CardError
 
@@ -74,6 +75,6 @@ def test_a_version_with_another_configuration_does_not_come_back(
     [{"trained": 1.5}, {"trained": {"threshold_from": "training"}}, {"held_out": {"a.tif": 3}}, {"versions": 7}],
 )
 def test_a_training_record_of_another_kind_is_a_sentence(entries: dict[str, object], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(entries))
+    rewrite_record(tmp_path, **entries)
     with pytest.raises(ExportError, match=r"config\.json lacks or misnames an entry"):
         TrainingRun.read(tmp_path)

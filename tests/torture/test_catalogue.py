@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ import tifffile
 from serve.models.config import ModelSettings
 from serve.models.publish import publish
 from serve.server.process import TritonServer
+from tests.cards import rewrite_record
 from tests.export.conftest import write_random_saved_model
-from unet.files import write_json
 from unet.processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +94,7 @@ def untrained(place: Place) -> Line:
 def beyond_float16(place: Place) -> Line:
     run = place.folder / "run"
     write_random_saved_model(run / "saved_model", poison=6e4)
-    write_json(run / "config.json", {"settings": {}, "versions": {}, "repeat": "", "trained": {}})
+    rewrite_record(run, settings={}, versions={}, repeat="", trained={})
     images = np.random.default_rng(0).integers(0, 256, (2, 60, 60), np.uint8)
     tifffile.imwrite(place.folder / "train-volume.tif", images, photometric="minisblack")
     words = ["--out", str(place.folder / "artefacts"), "--tile_sizes", "204", "--target", "v100"]
@@ -108,6 +109,13 @@ def somebody_elses(place: Place) -> Line:
 
 def reinstall(place: Place) -> Line:
     return ["tools.install_horovod", "--version", "0.0.1", "--wheels", str(place.folder / "wheels")]
+
+
+def not_locked(place: Place) -> Line:
+    (place.folder.parent / "constraints.txt").write_text("numpy==1.26.4\n")
+    with ZipFile(wheel := place.folder / "x-1-py3-none-any.whl", "w") as packed:
+        packed.writestr("x-1.dist-info/METADATA", "Name: x\nVersion: 1\nRequires-Dist: unheard-of\n")
+    return ["tools.sbom", "--out", str(place.folder / "sbom"), "wheel", str(wheel)]
 
 
 CATALOGUE: dict[str, tuple[Callable[[Place], Line], str]] = {
@@ -145,6 +153,7 @@ CATALOGUE: dict[str, tuple[Callable[[Place], Line], str]] = {
         lambda place: ["tools.install_helm", "--out", str(place.folder / "helm")],
         "could not be downloaded",
     ),
+    "SbomError": (not_locked, "constraints.txt has no version of unheard-of"),
     "BuildError": (reinstall, "Horovod could not be installed"),
 }
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from tests.cards import rewrite_record
 from train.evaluation import make_predictor
 from train.input.store import load_stack
 from train.model.network import build_unet
@@ -91,7 +92,7 @@ def test_the_mean_of_networks_is_the_mean_of_their_answers(
     larger = build_unet(3, seed=5)
     Checkpoints(other / "checkpoints", model=larger).save(10_000)
     record = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**record, "settings": {**record["settings"], "base_filters": 3}}))
+    rewrite_record(other, settings={**record["settings"], "base_filters": 3})
     line = (f"--model_dir={one}", f"--data_dir={phantom_dir}", f"--also={other}")
     answers = []
     for flags in (line[:2], line, (f"--model_dir={other}", line[1])):
@@ -108,17 +109,13 @@ def test_the_mean_of_networks_is_the_mean_of_their_answers(
     assert json.loads((one / "config.json").read_text())["settings"].get("also", "") == ""
     # What the other network was trained on is not held out.
     held_out = {"train-volume.tif": [0]}
-    (other / "config.json").write_text(
-        json.dumps({**json.loads((other / "config.json").read_text()), "held_out": held_out})
-    )
+    rewrite_record(other, held_out=held_out)
     done = main("--exec_mode=evaluate", *line)
     assert done.returncode == 2
     assert "scores of their mean would be of slices that one of them has seen" in done.stderr
     # So it is with stacks of few slices, of which rows are held out.
     for run, rows in ((one, [0, 40]), (other, [40, 80])):
-        facts = json.loads((run / "config.json").read_text())
-        facts |= {"held_out": {}, "held_out_rows": {"train-volume.tif": rows}}
-        (run / "config.json").write_text(json.dumps(facts))
+        rewrite_record(run, held_out={}, held_out_rows={"train-volume.tif": rows})
     done = main("--exec_mode=evaluate", *line)
     assert done.returncode == 2
     assert "rows 40 to 80" in done.stderr
@@ -133,7 +130,7 @@ def test_a_folder_without_a_run_has_no_network_to_add(
     assert f"{tmp_path / 'none'} holds no training run: name the --model_dir of one with --also" in done.stderr
     other = Path(shutil.copytree(trained, tmp_path / "other"))
     record = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**record, "settings": {**record["settings"], "window": "slice"}}))
+    rewrite_record(other, settings={**record["settings"], "window": "slice"})
     done = main("--exec_mode=predict", f"--model_dir={run}", f"--data_dir={phantom_dir}", f"--also={other}")
     assert done.returncode == 2
     assert "was trained with --window 'slice'" in done.stderr

@@ -18,6 +18,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tests.cards import rewrite_record, sealed
 from tests.serve.measure.browser import browser
 from train.input.store import Slice
 from train.report.__main__ import main
@@ -143,13 +144,11 @@ def test_nothing_is_cut_off_at_this_width(trained: Path, tmp_path: Path, width: 
 
 def test_a_run_without_held_out_slices_says_so(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "run")
-    record = json.loads((folder / "config.json").read_text())
-    record["held_out"] = {}
-    (folder / "config.json").write_text(json.dumps(record))
+    rewrite_record(folder, held_out={})
     text = report_of(folder, tmp_path / "report.html")
     assert "The run held no slices out. These are its validation slices" in text
     assert "train-volume.tif[3]" in text
-    (folder / "config.json").write_text(json.dumps({**record, "validation": {}}))
+    rewrite_record(folder, validation={})
     text = report_of(folder, tmp_path / "report.html")
     assert "train with --crossvalidation_idx" in text
     assert "Cells that are merged" not in text
@@ -159,7 +158,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(trained: Path, tmp_path: Pa
     folder = shutil.copytree(trained, tmp_path / "run")
     record = json.loads((folder / "config.json").read_text())
     del record["trained"]
-    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "config.json").write_text(sealed(record))
     for name in ("best", "checkpoints"):
         shutil.rmtree(folder / name)
     lines = (folder / "log.json").read_text().splitlines(keepends=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from train.config import FACTS, TrainConfig, config_of, default_of, read_settings
 from train.errors import TrainError
 from train.run.checkpoints import Checkpoints, diverged
+from unet.card import SEAL, seal_of
 from unet.files import read_json, remove_abandoned, write_json
 from unet.names import DEFAULT_THRESHOLD
 
@@ -33,11 +34,14 @@ class Run:
 
     It is looked at first, then locked, and only then written: a command that is refused changes nothing in it. What was
     held out, the seed and the shape of the network are facts of the run; they are read from ``config.json``, and a flag
-    that contradicts one is refused.
+    that contradicts one is refused. The record is sealed: one that was changed or damaged is refused.
 
     Attributes:
         folder: the folder; it need not exist yet.
-        record: what ``config.json`` holds, empty if there is none.
+        record: what ``config.json`` holds but for its seal, empty if there is none.
+
+    Raises:
+        TrainError: ``config.json`` is not as a run wrote it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -46,7 +50,13 @@ class Run:
         self._seen: list[str] | None = None
         if self.path.exists():
             read_settings(self.path)  # which says what is wrong with it
-            self.record = read_json(self.path)
+            record = read_json(self.path)
+            if record.pop(SEAL, None) != seal_of(record):
+                raise TrainError(
+                    f"{self.path} is not as the run wrote it, so what the run held out is not known: put the former "
+                    "file back, or train elsewhere; --config takes settings from a file that was changed"
+                )
+            self.record = record
 
     @property
     def path(self) -> Path:
@@ -189,7 +199,7 @@ class Run:
     def write(self, **facts: Any) -> None:
         """Add facts to the record and write it, whole or not at all."""
         self.record.update(facts)
-        write_json(self.path, self.record)
+        write_json(self.path, {**self.record, SEAL: seal_of(self.record)})
 
     def set_steps(self, steps: int) -> None:
         """Record the number of steps that the run was fitted to, so that repeating or resuming it takes as many."""

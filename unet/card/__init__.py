@@ -278,6 +278,6 @@ class Card:
 
 
 def seal_of(values: Mapping[str, Any]) -> str:
-    """The SHA-256 of all entries of a card but the seal itself, whatever their order and the spaces between them."""
+    """The SHA-256 of all entries of a card or a record but the seal itself, whatever their order and their spacing."""
     entries = {name: value for name, value in values.items() if name != SEAL}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

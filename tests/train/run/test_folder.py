@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cards import rewrite_record
 from train.config import TrainConfig
 from train.errors import TrainError
 from train.run.folder import Run
@@ -69,9 +70,20 @@ def test_what_changes_in_a_resumed_run_is_said(trained: Path) -> None:
 
 
 def test_a_lost_or_garbled_record_is_named(copy: Path) -> None:
+    record = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text("{")
     with pytest.raises(TrainError, match=r"config\.json is not the config\.json of a training run"):
         Run(copy)
+    (copy / "config.json").write_text(json.dumps({**record, "held_out": {"train-volume.tif": [0]}}))
+    with pytest.raises(TrainError, match=r"config\.json is not as the run wrote it"):
+        Run(copy)
+    # Without its seal it is not what a run wrote either; sealed it is.
+    del record["seal"]
+    (copy / "config.json").write_text(json.dumps(record))
+    with pytest.raises(TrainError, match=r"config\.json is not as the run wrote it"):
+        Run(copy)
+    rewrite_record(copy)
+    assert Run(copy).held_out == {"train-volume.tif": [4]}
     (copy / "config.json").unlink()
     with pytest.raises(TrainError, match="is missing, so what the run held out is not known"):
         Run(copy).configure({"exec_mode": "evaluate"})
@@ -104,9 +116,9 @@ def test_everything_is_checked_before_the_first_step(phantom_dir: Path, tmp_path
 
 
 def test_a_run_fitted_to_a_budget_keeps_its_steps(trained: Path, tmp_path: Path) -> None:
-    record = json.loads((trained / "config.json").read_text())
+    shutil.copy(trained / "config.json", tmp_path)
     (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
-    (tmp_path / "config.json").write_text(json.dumps({**record, "fitted": True}))
+    rewrite_record(tmp_path, fitted=True)
     run = Run(tmp_path)
     config = run.configure({"exec_mode": "train", "resume": True, "max_minutes": 5.0, "max_steps": 1000})
     assert (config.max_steps, config.max_minutes) == (6, 0)
