@@ -67,8 +67,8 @@ class TrainingRun:
             raise ExportError(f"{path} is not the configuration of a training run: take it from the run again")
         if values.get(SEAL) != seal_of(values):
             raise ExportError(
-                f"{path} is not as the training run wrote it, so what it held out is not known: take it from the run "
-                "again"
+                f"{path} is not as a run of this version wrote it, so what it held out is not known: take it from the "
+                "run again"
             )
         try:
             return cls._of(folder, values, repeat)

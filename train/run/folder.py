@@ -53,8 +53,8 @@ class Run:
             record = read_json(self.path)
             if record.pop(SEAL, None) != seal_of(record):
                 raise TrainError(
-                    f"{self.path} is not as the run wrote it, so what the run held out is not known: put the former "
-                    "file back, or train elsewhere; --config takes settings from a file that was changed"
+                    f"{self.path} is not as a run of this version wrote it, so what the run held out is not known: put "
+                    "the former file back, or train elsewhere; --config takes settings from a file that was changed"
                 )
             self.record = record
 

@@ -75,12 +75,12 @@ def test_a_lost_or_garbled_record_is_named(copy: Path) -> None:
     with pytest.raises(TrainError, match=r"config\.json is not the config\.json of a training run"):
         Run(copy)
     (copy / "config.json").write_text(json.dumps({**record, "held_out": {"train-volume.tif": [0]}}))
-    with pytest.raises(TrainError, match=r"config\.json is not as the run wrote it"):
+    with pytest.raises(TrainError, match=r"config\.json is not as a run of this version wrote it"):
         Run(copy)
     # Without its seal it is not what a run wrote either; sealed it is.
     del record["seal"]
     (copy / "config.json").write_text(json.dumps(record))
-    with pytest.raises(TrainError, match=r"config\.json is not as the run wrote it"):
+    with pytest.raises(TrainError, match=r"config\.json is not as a run of this version wrote it"):
         Run(copy)
     rewrite_record(copy)
     assert Run(copy).held_out == {"train-volume.tif": [4]}
