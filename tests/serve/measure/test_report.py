@@ -21,7 +21,6 @@ from serve.measure.page.charts import COLOURS, MARKERS, line_figure, speed_chart
 from serve.measure.page.report import ReportSettings, speed_section
 from serve.report import main
 from tests.serve.measure.browser import browser
-from unet.scores.truth import UNKNOWN, merges_and_splits, true_segments
 
 RNG = np.random.default_rng(4)
 
@@ -160,29 +159,6 @@ def test_lines_of_a_chart_differ_and_their_legend_fits() -> None:
     assert whole.x0 <= label.x0
     ticks = np.diff(figure.axes[0].get_yticks())
     assert ticks == pytest.approx(ticks[0])
-
-
-def test_merges_and_splits_are_told_from_each_other() -> None:
-    labels = np.ones((60, 90), np.uint8)
-    labels[:, 30] = labels[:, 60] = 0
-    labels[50:, 61:] = 255
-    truth = true_segments(labels)
-    assert set(np.unique(truth)) == {0, 1, 2, 3, UNKNOWN}
-    proposal = labels == 1
-    assert merges_and_splits(proposal, truth) == ([], [])
-    bridged = proposal.copy()
-    bridged[20, 30] = True
-    assert merges_and_splits(bridged, truth) == ([1, 2], [])
-    cut = proposal.copy()
-    cut[30, 61:] = False
-    assert merges_and_splits(cut, truth) == ([], [3])
-    bridged[30, 61:] = False
-    assert merges_and_splits(bridged, truth) == ([1, 2], [3])
-    # Less than a tenth of a segment is no part of it.
-    chipped = proposal.copy()
-    chipped[4, :30] = False
-    assert merges_and_splits(chipped, truth) == ([], [])
-    assert merges_and_splits(np.zeros_like(proposal), truth) == ([], [])
 
 
 def test_without_a_stack_it_shows_what_the_demo_made(
