@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from train.input.store import load_stack
+from unet.errors import UnetError
 from unet.intensity import WindowChoice, Windows, find_windows, parse_window, to_uint8
 from unet.intensity.percentiles import measure
 from unet.volume import MASKS, open_volume
@@ -114,7 +115,9 @@ def test_a_window_that_is_too_wide_is_said(tmp_path: Path) -> None:
     rare = TISSUE.copy()
     rare[:, 0, :100] = np.arange(100) * 250 + 500  # 0.4 % far below
     path = stack(tmp_path, rare.astype(np.uint16))
-    assert any("in a quarter of the intensity window" in note for note in windows(path).notes)
+    (note,) = windows(path).notes
+    assert note.startswith(f"nearly all pixels of {path} lie between ")
+    assert "in a quarter of the intensity window" in note
     assert any("nearly all pixels of" in note for note in windows(path, (0, 65535)).notes)
     assert windows(path, (26000, 31100)).notes == ()
 
@@ -141,6 +144,14 @@ def test_how_many_slices_have_too_wide_a_window_is_said(tmp_path: Path) -> None:
     )
     (given,) = windows(path, (0, 65535)).notes
     assert given.startswith(f"nearly all pixels of {path} lie between 26")
+
+
+@pytest.mark.parametrize(
+    "window", [(-np.inf, 5.0), (5.0, np.inf), (np.nan, 5.0), (5.0, np.nan), (5.0, 5.0), (6.0, 5.0)]
+)
+def test_a_window_has_two_finite_ends_that_rise(tmp_path: Path, window: tuple[float, float]) -> None:
+    with pytest.raises(UnetError, match="window"):
+        windows(stack(tmp_path, TISSUE.astype(np.uint16)), window)
 
 
 def test_every_floating_point_slice_is_looked_at_for_what_is_no_number(tmp_path: Path) -> None:
