@@ -148,11 +148,12 @@ test-slow: install  ## the tests that take longer
 	@$(BIN)/python -m pytest -m "slow and not gpu and not images"
 
 .PHONY: torture
-torture: install  ## damaged files and artefacts, faults of the disk, publishing under load; counts in torture.md (two hours)
+torture: install  ## damaged files, artefacts and requests, faults of the disk, publishing under load; counts in torture.md (two hours)
 	@$(BIN)/python -m tests.torture.fuzz --inputs 100000 --out torture.md
 	@$(BIN)/python -m tests.torture.artefacts --inputs 10000 --out torture.md
 	@$(BIN)/python -m tests.torture.faults.campaign --out torture.md
 	@$(BIN)/python -m tests.torture.publishing --changes 100 --out torture.md
+	@$(BIN)/python -m tests.torture.messages --inputs 20000 --out torture.md
 
 .PHONY: mutation
 mutation: install  ## small changes of our own code, each of which a test must notice; what survives is listed (mutmut, half an hour)

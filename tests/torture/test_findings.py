@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import struct
 from pathlib import Path
+from typing import Literal
 
+import mrcfile
 import numpy as np
 import pytest
 import tifffile
@@ -98,6 +101,23 @@ def test_hdf5_with_damage_behind_its_first_block(seeds: dict[str, Seed], tmp_pat
         except UnetError as error:
             said.add(str(error).partition("(")[0])
     assert any("truncated or damaged" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_an_mrc_file_whose_extended_header_is_longer_than_itself(
+    order: Literal["little", "big"], tmp_path: Path
+) -> None:
+    path = tmp_path / "volume.mrc"
+    with mrcfile.new(path) as file:
+        file.set_data(np.zeros((2, 20, 30), np.uint16 if order == "little" else np.dtype(">u2")))
+    content = bytearray(path.read_bytes())
+    assert READERS["volume"](path) is None
+    for length in (2**31 - 1, 2**32 - 1, len(content) - 1023):
+        content[92:96] = length.to_bytes(4, order)
+        path.write_bytes(content)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert f"extended header of {length} bytes goes beyond its end" in refusal("volume", path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 
 def test_a_blosc_chunk_that_says_it_is_longer(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,10 @@ _MAGIC, _MAGIC_AT = b"MAP", 208
 _IMOD, _IMOD_AT, _SIGNED = 1146047817, 10, 1
 
 
+# MRC2014: the size of the header, the place of the extended header's size in it, and the machine stamp of big-endian files.
+_HEADER, _EXTENDED_AT, _STAMP_AT, _BIG_ENDIAN = 1024, 92, 212, 0x11
+
+
 def is_mrc(start: bytes) -> bool:
     """Whether a file that begins so is MRC."""
     return start[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
@@ -35,6 +39,20 @@ class _Pixels:
 
     def __getitem__(self, index: tuple[Any, ...]) -> npt.NDArray[Any]:
         return np.array(np.memmap(self._path, self.dtype, "r", self._offset, self.shape)[index])
+
+
+def _check_extended_header(path: Path) -> None:
+    """Refuse an extended header that is longer than the file: mrcfile would reserve memory for it, up to 4 GiB.
+
+    Raises:
+        ValueError: saying so.
+    """
+    with path.open("rb") as file:
+        start = file.read(_HEADER)
+    order: Literal["big", "little"] = "big" if start[_STAMP_AT : _STAMP_AT + 1] == bytes([_BIG_ENDIAN]) else "little"
+    length = int.from_bytes(start[_EXTENDED_AT : _EXTENDED_AT + 4], order)
+    if _HEADER + length > path.stat().st_size:
+        raise ValueError(f"its extended header of {length} bytes goes beyond its end")
 
 
 class MrcStack(ArrayVolume):
@@ -53,6 +71,7 @@ class MrcStack(ArrayVolume):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of headers that older programs write
+                _check_extended_header(path)
                 with mrcfile.mmap(path, mode="r", permissive=True) as file:
                     data, header, voxel = file.data, file.header, file.voxel_size.copy()
                     if data is None:
