@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
+import grpc  # type: ignore[import-untyped]
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from tritonclient.grpc import service_pb2
@@ -199,7 +199,7 @@ def right_answer(url: str) -> str:
     try:
         connection = Connection(url, "unet", "", 30.0)
         try:
-            slot = make_slots(connection, 1, image.shape, Slot, insist=True)[0]
+            slot = make_slots(connection, 1, (1, 1, _SIDE, _SIDE), Slot, insist=True)[0]
             slot.images[...] = image
             answer = slot.outputs(connection.infer(*slot.tensors(connection.grpc, 1)), 1)
         finally:

@@ -111,7 +111,7 @@ def test_an_mrc_file_whose_extended_header_is_longer_than_itself(
     with mrcfile.new(path) as file:
         file.set_data(np.zeros((2, 20, 30), np.uint16 if order == "little" else np.dtype(">u2")))
     content = bytearray(path.read_bytes())
-    assert READERS["volume"](path) is None
+    READERS["volume"](path)
     for length in (2**31 - 1, 2**32 - 1, len(content) - 1023):
         content[92:96] = length.to_bytes(4, order)
         path.write_bytes(content)

@@ -22,7 +22,7 @@ _MAGIC, _MAGIC_AT = b"MAP", 208
 _IMOD, _IMOD_AT, _SIGNED = 1146047817, 10, 1
 
 
-# MRC2014: the size of the header, the place of the extended header's size in it, and the machine stamp of big-endian files.
+# MRC2014: the header's size, where it has the extended header's size and the machine stamp, and a big-endian stamp.
 _HEADER, _EXTENDED_AT, _STAMP_AT, _BIG_ENDIAN = 1024, 92, 212, 0x11
 
 
