@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from serve.segment.errors import ClientError
 from serve.volume.cells import cells_mark, components, find_cells, label, pages_above, table_of
+from unet.files import fsync, naming
 from unet.scores import agglomerate
 from unet.volume import StackCanvas, Volume, ZarrCanvas, ZarrStack
 from unet.volume.opening import beside
@@ -252,16 +253,26 @@ class Output:
         self._canvas.close()
 
     def publish(self) -> None:
-        """Give the closed file its final name."""
+        """Give the closed file its final name, once all of it is on the disk: a power cut leaves no half output there.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        table = [table_of(self._aside)] if self.kind == "labels3d" else []
+        # A closed TIFF is on the disk already; the chunks of a Zarr are files of their own.
+        with naming(self.target):
+            for item in (*self._aside.rglob("*"), self._aside, *table):
+                fsync(item)
         if self.target.is_dir():
             former = self._aside.with_name(f"{self.kind}.former")
             shutil.rmtree(former, ignore_errors=True)  # of a run that was killed here
             os.replace(self.target, former)
         elif self._aside.is_dir() and self.target.exists():
             self.target.unlink()
-        if self.kind == "labels3d":
-            os.replace(table_of(self._aside), table_of(self.target))
+        for one in table:
+            os.replace(one, table_of(self.target))
         os.replace(self._aside, self.target)
+        fsync(self.target.parent)
 
 
 def to_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -18,6 +18,7 @@ from serve.volume.scale import as_seen
 from serve.volume.space import require_space
 from serve.volume.work import PICTURE_FILE, Run, marks_of, produce, slice_mark
 from unet.errors import warn
+from unet.files import fsync, naming
 from unet.intensity import find_windows
 from unet.tracing import span
 from unet.volume import Volume, open_volume
@@ -145,5 +146,8 @@ def _work(run: Run, partial: Partial, segment_bands: SegmentBands) -> int:
         for output in outputs:
             output.publish()
     if run.request.picture_slice is not None:
+        with naming(targets[PICTURE]):
+            fsync(partial.folder / PICTURE_FILE)
         os.replace(partial.folder / PICTURE_FILE, targets[PICTURE])
+        fsync(targets[PICTURE].parent)
     return recalled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,34 @@ def test_an_ome_zarr_volume_becomes_others(url: str, tmp_path: Path) -> None:
         assert 'PhysicalSizeX="4.0"' in str(tiff.ome_metadata)
     assert main([str(source), "--url", url, "--quiet", "--overwrite", *ALL]) == 0
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_output_is_whole_on_the_disk_before_it_has_its_name(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a power cut: what is under the final name has reached the disk, and then the name has."""
+    synced: set[Path] = set()
+    unsynced: dict[str, set[Path]] = {}
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    def noting_replace(old: Path, new: Path) -> None:
+        if new.parent == tmp_path:
+            unsynced[new.name] = {old, *old.rglob("*")} - synced
+            synced.discard(tmp_path)
+        replace(old, new)
+
+    source = ome_zarr(tmp_path / "v.ome.zarr", RNG.integers(0, 256, (3, 150, 90), np.uint8))
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    assert main([str(source), "--url", url, "--quiet", "--output=labels3d", *ALL]) == 0
+    names = ["probability.zarr", "mask.zarr", "labels.zarr", "overlay.tif", "overlay.png"]
+    names += ["labels3d.zarr", "labels3d.csv"]
+    assert unsynced == {f"v-{name}": set() for name in names}
+    assert tmp_path in synced
 
 
 def test_the_written_volume_can_be_read_as_one(url: str, tmp_path: Path) -> None:
