@@ -173,18 +173,19 @@ def throughput(config: TrainConfig, ranks: int, steps: int) -> Callable[[], floa
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
+            run_dir, file = Path(folder) / "run", Path(folder) / "settings.json"
             settings = dataclasses.replace(
-                config, exec_mode="train", benchmark=True, warmup_steps=3, max_steps=steps + 3, model_dir=folder
+                config, exec_mode="train", benchmark=True, warmup_steps=3, max_steps=steps + 3, model_dir=str(run_dir)
             )
-            write_json(Path(folder) / "config.json", {"settings": dataclasses.asdict(settings)})
+            write_json(file, {"settings": dataclasses.asdict(settings)})
             line = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(ranks), "--gloo"] if ranks > 1 else []
-            line += [sys.executable, str(MAIN), "--config", str(Path(folder) / "config.json")]
+            line += [sys.executable, str(MAIN), "--config", str(file)]
             log = Path(folder) / "said.txt"
             with child(line, log=log) as trainer:
                 trainer.wait()
             if trainer.returncode != 0:
                 raise TrainError(f"{ranks} ranks could not be measured: {log.read_text(encoding='utf-8')[-500:]}")
-            (figures,) = (data for _, data in read_log(folder) if "training_img_per_s" in data)
+            (figures,) = (data for _, data in read_log(run_dir) if "training_img_per_s" in data)
             return float(figures["training_img_per_s"])
 
     return run

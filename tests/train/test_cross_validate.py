@@ -91,7 +91,7 @@ def test_every_fold_is_trained_once_and_scored(project_root: Path, phantom_dir: 
             values = [one[name] for one in scores]
             assert float(rows["mean"][name]) == pytest.approx(np.mean(values))
             assert float(rows["standard deviation"][name]) == pytest.approx(np.std(values, ddof=1))
-        (mean,) = [line for line in done.stdout.splitlines() if line.startswith("| mean ")]
+        (mean,) = [line for line in done.stdout.splitlines() if line.strip("| ").startswith("mean ")]
         assert f"{float(rows['mean']['best_v_rand']):.4f}" in mean.split()
     assert done.stdout.count("scored already") == 4
     assert {path: os.stat(path).st_mtime_ns for path in made} == made
