@@ -71,12 +71,12 @@ def artefacts_dividing_by(folder: Path, divisor: float) -> Path:
     return folder
 
 
-def enter_engine(card: Card) -> None:
+def enter_engine(card: Card, kind: str = "onnxruntime") -> None:
     """Enter the network that lies in a card's folder, as if the exporter's gate had passed it."""
     path = card.folder / "model.fp16.onnx"
     card.record("onnx_fp16", path, None, "tests")
     proof = Proof(sha256_of(path), "cpu", instruction_sets())
-    card.engine = card.fallback = Engine("onnxruntime", "f32", path.name, 1.0, proof)
+    card.engine = card.fallback = Engine(kind, "f32", path.name, 1.0, proof)
 
 
 @pytest.fixture
