@@ -108,7 +108,8 @@ class Connection:
         if version not in served:
             raise ServerError(
                 f"{self.url} does not serve {self.model_name} version {version}, but {', '.join(served)}: a former "
-                "version comes back with `python serve/repository.py --rollback --version N --load`",
+                "version comes back with `python serve/repository.py --rollback --model_name "
+                f"{self.model_name} --version {version} --load`",
                 Action.REOPEN,
             )
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from unet.card import Card
 from unet.processes import free_ports
 
 RNG = np.random.default_rng(11)
+ROOT = Path(__file__).resolve().parents[3]
 
 # The first pixel of a slice says what is wrong with the answer to it; other slices are answered rightly.
 SICK_MODEL = """
@@ -245,6 +250,42 @@ def test_a_version_that_is_served_no_longer_stops_the_run_with_the_reason(
     assert not list(tmp_path.glob("v-*"))
     # The same network is served elsewhere.
     assert main([str(source), "--url", triton_server.settings.grpc_url, "--quiet", "--resume"]) == 0
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "v-probability.tif"), expected(images))
+
+
+def test_two_versions_published_within_a_stack_and_the_advice_of_the_message_followed_word_for_word(
+    tiny_artefacts: Path, other_artefacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = RNG.integers(0, 256, (30, 40, 40), np.uint8)
+    source = tmp_path / "v.tif"
+    tifffile.imwrite(source, images, photometric="minisblack")
+    # Where the commands look if they are told nothing.
+    monkeypatch.chdir(tmp_path)
+    publish(tiny_artefacts, "model_repository", ModelSettings(max_batch_size=8))
+    http, grpc, metrics = free_ports(3)
+    places = Path("model_repository"), Path("triton.log"), Path(".cache/triton")
+    with TritonServer(ServerSettings(*places, http, grpc, metrics, model_control="explicit")) as server:
+        url = server.settings.grpc_url
+
+        def publish_twice() -> None:
+            for _ in range(2):
+                publish_other(server, other_artefacts)
+
+        with (
+            Meddling(url, publish_twice, patience_s=1, in_flight=1) as segmenter,
+            pytest.raises(ServerError) as caught,
+        ):
+            segment_volume(segmenter, source, Request(quiet=True))
+        said = str(caught.value)
+        advice = re.findall("`python (.+?)`|add (--resume)", said)
+        command = "serve/repository.py --rollback --model_name unet --version 1 --load"
+        assert advice == [(command, ""), ("", "--resume")], said
+        script, *words = shlex.split(command)
+        done = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert main([str(source), "--url", url, "--quiet", "--resume"]) == 0
+        with Segmenter(url) as segmenter:
+            assert segmenter.interface.version == "4"
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "v-probability.tif"), expected(images))
 
 
