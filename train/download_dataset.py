@@ -7,7 +7,6 @@ Biology e1000502.
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import http.client
 import shutil
@@ -17,14 +16,14 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from train.errors import TrainError
 from unet.errors import UnetError, command, say
-from unet.files import atomic_file, sha256_of
+from unet.files import atomic_file, naming, sha256_of
 from unet.volume import StackReader
 
 if TYPE_CHECKING:
@@ -46,6 +45,10 @@ _BLOCK = 1 << 20
 
 class _MirrorError(Exception):
     """Why a mirror did not give the archive."""
+
+
+class _BrokenOffError(Exception):
+    """Why an answer broke off."""
 
 
 def pixels_sha256(path: Path) -> str:
@@ -114,9 +117,11 @@ def _fetch(mirror: str, part: Path) -> None:
         except urllib.error.URLError as error:
             raise _MirrorError(f"it cannot be reached, {error.reason}") from error
         except (http.client.HTTPException, OSError) as error:
-            if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+            if isinstance(error, OSError) and error.filename is not None:
                 raise  # this machine's fault, not the mirror's
             reason = f"it breaks off, {error or type(error).__name__}"
+        except _BrokenOffError as error:
+            reason = f"it breaks off, {error}"
         if not part.exists() or part.stat().st_size <= before:
             raise _MirrorError(reason)
 
@@ -124,7 +129,10 @@ def _fetch(mirror: str, part: Path) -> None:
 def _fetch_more(mirror: str, part: Path) -> bool:
     """Add to ``part`` what one answer brings; whether it is whole then."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(mirror, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        request = urllib.request.Request(mirror, headers={"Range": f"bytes={have}-"} if have else {})
+    except ValueError as error:
+        raise _MirrorError(f"it is no address, {error}") from error
     try:
         answer = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
@@ -134,17 +142,26 @@ def _fetch_more(mirror: str, part: Path) -> bool:
     with answer:
         if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
             have = 0  # the mirror starts anew
-        length: int | None = answer.length
+        length: int | None = getattr(answer, "length", None)  # a file has none
         with (
+            naming(part),
             part.open("ab" if have else "wb") as stream,
             tqdm(
                 total=None if length is None else have + length, initial=have, unit="B", unit_scale=True, disable=None
             ) as bar,
         ):
-            while block := answer.read(_BLOCK):
+            while block := _read(answer):
                 stream.write(block)
                 bar.update(len(block))
     return length is None or part.stat().st_size == have + length
+
+
+def _read(answer: Any) -> bytes:
+    """The next block of an answer; its faults are the mirror's, others those of this machine's disk."""
+    try:
+        return bytes(answer.read(_BLOCK))
+    except (http.client.HTTPException, OSError) as error:
+        raise _BrokenOffError(str(error) or type(error).__name__) from error
 
 
 def _unpack(archive: Path, folder: Path, wanted: Mapping[str, str]) -> list[Path]:

@@ -156,6 +156,17 @@ def test_failures_are_one_sentence(
     assert not list(tmp_path.glob("*.tif"))
 
 
+def test_a_mirror_may_be_a_file_and_what_is_no_address_is_one_sentence(tmp_path: Path) -> None:
+    archive = tmp_path / "ISBI-2012-challenge.zip"
+    archive.write_bytes(ARCHIVE)
+    (tmp_path / "data").mkdir()
+    download(tmp_path / "data", ["ISBI-2012-challenge.zip", archive.as_uri()], EXPECTED)
+    assert_whole(tmp_path / "data")
+    missing = (tmp_path / "none.zip").as_uri()
+    with pytest.raises(TrainError, match=r"x\.zip: it is no address, .*none\.zip: it cannot be reached"):
+        download(tmp_path / "other", ["x.zip", missing], EXPECTED)
+
+
 def test_other_pixels_are_refused(mirror: Callable[..., Mirror], tmp_path: Path) -> None:
     other = archive_of({**STACKS, "test-volume.tif": STACKS["test-volume.tif"][:2]})
     with pytest.raises(TrainError, match=r"test-volume\.tif has other pixels"):
