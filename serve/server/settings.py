@@ -11,6 +11,7 @@ from pathlib import Path
 from serve.server.addresses import in_url, is_loopback, listen_address
 from serve.server.install import TritonError
 from unet.config import setting
+from unet.files import fsync
 from unet.tracing import traces_url
 
 MODEL_CONTROL = ("none", "explicit")
@@ -163,7 +164,7 @@ def _write_key(path: Path, key: str) -> None:
         with os.fdopen(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as stream:
             stream.write(key + "\n")
             stream.flush()
-            os.fsync(stream.fileno())
+            fsync(stream.fileno())
         os.replace(aside, path)
     except OSError as error:
         raise TritonError(

@@ -23,6 +23,10 @@ CASES = {
     ("benchmark", "a broken disk"): (1,),
     ("export", "a broken disk"): (1,),
     ("export", "no space once"): (20,),
+    # The key was refused where a file system knows no fsync.
+    ("server's state", "no fsync"): (1,),
+    ("client from HDF5", "no space once"): (20,),
+    ("cells to OME-Zarr", "a broken disk"): (20,),
 }
 
 

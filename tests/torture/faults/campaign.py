@@ -85,6 +85,7 @@ class Attack:
         left = self.writer.files(self._out) if self._out.exists() else {}
         problems = list(self._said(ended, fault, left))
         problems += [f"half-written: {name}" for name in self._finals(left) if not self._whole(left, name)]
+        problems += self.writer.unsound(self._out)
         kept = self.writer.kept(self._out)
         if ended.code:
             problems += self._repeated(kept)

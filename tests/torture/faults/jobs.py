@@ -80,3 +80,56 @@ def benchmark(argv: Sequence[str] | None = None) -> int:
     bench.write()
     tables.draw(Path(argv[0]), bench.rows)
     return 0
+
+
+@command
+def saved_model(argv: Sequence[str] | None = None) -> int:
+    """The trained network, as the exporter takes it over."""
+    from train.model.network import build_unet
+    from train.model.saved_model import write_saved_model
+
+    assert argv is not None
+    model = build_unet(base_filters=1)
+    model.set_weights([np.zeros_like(weights) for weights in model.get_weights()])
+    write_saved_model(model, argv[0])
+    return 0
+
+
+@command
+def curves(argv: Sequence[str] | None = None) -> int:
+    """What is drawn of a run's log and of its scores."""
+    from train.charts import learning_curve, threshold_curve
+    from train.scoring import Tally
+    from unet.scores import THRESHOLDS
+
+    assert argv is not None
+    learning_curve(argv[0])
+    sums = np.ones((8, len(THRESHOLDS)))
+    threshold_curve(Tally(sums), 0.5, Path(argv[0]) / "eval" / "scores.png")
+    return 0
+
+
+@command
+def download(argv: Sequence[str] | None = None) -> int:
+    """The slices of an archive; what they must be is read of those in a folder."""
+    from train.download_dataset import download as fetch
+    from train.download_dataset import pixels_sha256
+
+    assert argv is not None
+    folder, mirror, due = argv
+    fetch(Path(folder), [mirror], {path.name: pixels_sha256(path) for path in sorted(Path(due).glob("*.tif"))})
+    return 0
+
+
+@command
+def server_state(argv: Sequence[str] | None = None) -> int:
+    """What a server keeps from one start to the next: the key of administration, and the backends side by side."""
+    from serve.server.install import find_installation
+    from serve.server.settings import ServerSettings, admin_key
+
+    assert argv is not None
+    state = Path(argv[0])
+    state.mkdir(parents=True, exist_ok=True)
+    admin_key(ServerSettings(state, state / "log", state))
+    find_installation(state)
+    return 0

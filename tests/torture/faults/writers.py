@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,18 @@ import tifffile
 
 from tests.serve.conftest import cropping_model, enter_engine
 from tests.serve.volume.shards.harness import make_blocks
+from tests.torture.seeds import write_seeds
 from unet.card import Card
 
 SHAPE = (3, 24, 20)
 PIXELS = np.random.default_rng(3).integers(0, 256, SHAPE, np.uint8)
+# What differs from one run to the next.
 _TIMES = (
     (re.compile(rb'"(timestamp|elapsedtime|datetime|created)": "[^"]*"'), rb'"\1": ""'),
     # They cover the times.
     (re.compile(rb'"(sha256|seal)": "[^"]*"'), rb'"\1": ""'),
 )
+_KEY, _UUID = re.compile(rb"[\w-]{43}\n"), re.compile(rb'"urn:uuid:[^"]*"')
 _JOBS = "tests.torture.faults.jobs"
 Files = dict[str, bytes]
 
@@ -38,7 +42,7 @@ class Writer:
         prepare: has in that folder what must be there before.
         finals: patterns of the names that count as final ones, below the folder.
         kept: what of the work is kept in the folder, as a number, and what a repeat says that it took over.
-        timed: whether the files hold the time of the run, which is left out of comparisons.
+        timed: whether the files hold the time of the run, or what is drawn, which is left out of comparisons.
         unsound: what is wrong with what an ended run leaves, where final names have several contents in turn.
     """
 
@@ -50,7 +54,6 @@ class Writer:
     kept: Callable[[Path], int] = lambda folder: 0
     timed: bool = False
     unsound: Callable[[Path], list[str]] = lambda folder: []
-    before: Files = field(default_factory=dict)
 
     def files(self, folder: Path) -> Files:
         """Every file below the folder, and every empty folder, with what it holds."""
@@ -67,7 +70,9 @@ class Writer:
         if self.timed and name.endswith((".json", ".md")):
             for pattern, instead in _TIMES:
                 content = pattern.sub(instead, content)
-        return content
+        if self.timed and name.endswith(".tif"):
+            content = _UUID.sub(b"a UUID", content)
+        return _KEY.sub(b"a key", content) if name == "admin.key" else content
 
 
 def writers(folder: Path, url: str) -> list[Writer]:
@@ -79,7 +84,14 @@ def writers(folder: Path, url: str) -> list[Writer]:
     """
     tifffile.imwrite(folder / "v.tif", PIXELS, photometric="minisblack")
     make_blocks(folder / "v.zarr", SHAPE, (1, 24, 20))
-    return [*_clients(folder, url), *_repositories(folder), *_reports(folder), *_rooms()]
+    return [
+        *_clients(folder, url),
+        *_other_inputs(folder, url),
+        *_repositories(folder),
+        *_reports(folder),
+        *_rooms(),
+        *_data(folder),
+    ]
 
 
 def _clients(folder: Path, url: str) -> list[Writer]:
@@ -120,10 +132,43 @@ def _clients(folder: Path, url: str) -> list[Writer]:
     ]
 
 
+def _other_inputs(folder: Path, url: str) -> list[Writer]:
+    """What is written of volumes of the other formats, and cells of a probability that is there."""
+    (seeds := folder / "seeds").mkdir()
+    write_seeds(seeds)
+    found = {".tif": folder / "p-probability.tif", ".zarr": folder / "p-probability.zarr"}
+    tifffile.imwrite(found[".tif"], PIXELS.astype(np.float32) / 255, photometric="minisblack")
+    make_blocks(found[".zarr"], SHAPE, (1, 24, 20))
+
+    def client(source: Path) -> Callable[[Path], list[str]]:
+        line = [str(source), "--url", url, "--resume", "--output", "mask", "--output", "labels3d"]
+        return lambda out: [*line, "--output_dir", str(out)]
+
+    def cells(source: Path) -> Callable[[Path], list[str]]:
+        return lambda out: [str(source), "--threshold", "0.5", "--overwrite", "--quiet", "--output_dir", str(out)]
+
+    return [
+        *(
+            Writer(
+                f"client from {name}",
+                "serve.client:main",
+                client(seeds / source),
+                kept=_bands,
+                finals=("*-*",),
+                timed=True,
+            )
+            for name, source in (("HDF5", "volume.h5"), ("MRC", "volume.mrc"), ("N5", "volume.n5"), ("PNG", "pictures"))
+        ),
+        Writer("cells to TIFF", "serve.volume.number_cells:main", cells(found[".tif"])),
+        Writer("cells to OME-Zarr", "serve.volume.number_cells:main", cells(found[".zarr"])),
+    ]
+
+
 def _bands(out: Path) -> int:
     """Bands in the journal of an interrupted run."""
-    journal = out / "v.partial" / "journal.jsonl"
-    return sum('"crc"' in line for line in journal.read_text().split("\n")[:-1]) if journal.exists() else 0
+    return sum(
+        '"crc"' in line for path in out.glob("*.partial/journal.jsonl") for line in path.read_text().split("\n")[:-1]
+    )
 
 
 def _shards(out: Path) -> int:
@@ -189,6 +234,48 @@ def _rooms() -> list[Writer]:
     return [
         Writer("export", f"{_JOBS}:export", lambda out: [str(out / "artefacts")], finals=("artefacts",), timed=True),
         Writer("training", f"{_JOBS}:train", lambda out: [str(out)], finals=(), timed=True, unsound=_training_faults),
+        Writer("SavedModel", f"{_JOBS}:saved_model", lambda out: [str(out / "saved_model")], finals=("saved_model",)),
+        Writer(
+            "curves of a run",
+            f"{_JOBS}:curves",
+            lambda out: [str(out)],
+            _logged,
+            finals=("*.png", "eval/*.csv", "eval/*.png"),
+        ),
+    ]
+
+
+def _logged(out: Path) -> None:
+    """The log of a run."""
+    out.mkdir()
+    lines = [f'DLLL {{"step": {step}, "data": {{"loss": {1 / step}}}}}\n' for step in (1, 2, 3)]
+    (out / "log.json").write_text("".join(lines))
+
+
+def _data(folder: Path) -> list[Writer]:
+    """Slices that are fetched or made, and what a server keeps."""
+    (due := folder / "due").mkdir()
+    archive = folder / "slices.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for name in ("train-volume.tif", "train-labels.tif", "test-volume.tif"):
+            tifffile.imwrite(due / name, PIXELS, photometric="minisblack")
+            packed.write(due / name, f"challenge/{name}")
+    size = ("--slices", "2", "--size", "64")
+    return [
+        Writer("synthetic slices", "unet.phantom:main", lambda out: ["--out", str(out), *size], finals=("*.tif",)),
+        Writer(
+            "fetched slices",
+            f"{_JOBS}:download",
+            lambda out: [str(out), archive.as_uri(), str(due)],
+            finals=("*.tif",),
+        ),
+        Writer(
+            "server's state",
+            f"{_JOBS}:server_state",
+            lambda out: [str(out)],
+            finals=("backends-*", "admin.key"),
+            timed=True,
+        ),
     ]
 
 
