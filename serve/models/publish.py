@@ -213,8 +213,13 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
     version = max([0, *versions_in(folder)]) + 1
     path, config = folder / str(version), folder / CONFIG_FILE
     former = config.read_bytes() if config.exists() else None
-    with atomic_directory(path) as aside:
-        fill(aside)
+    try:
+        with atomic_directory(path) as aside:
+            fill(aside)
+    except BaseException:
+        if path.is_dir():  # it has its name, which did not reach the disk
+            _take_back(path, former)
+        raise
     try:
         _replace(config, served_config(folder, version, keep).encode())
         if load is not None:

@@ -16,6 +16,8 @@ CASES = {
     # A version without the configuration that names it stayed, and the repeat made another.
     ("publishing another version", "no rename"): (2,),
     ("publishing the first version", "a disk that fills up"): (40,),
+    # A version whose name may not have reached the disk stayed, and the repeat made another.
+    ("publishing the first version", "a broken disk"): (54,),
     # A copy's mode could not be set, and a list of tuples was the message.
     ("going back to a version", "no chmod"): (1,),
     ("report page", "a broken disk"): (1,),

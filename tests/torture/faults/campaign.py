@@ -160,11 +160,15 @@ def attack(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unet-faults-")))
         url = stack.enter_context(served((204,)))
-        worker = stack.enter_context(Worker(build_layer(folder), MODULES))
-        for writer in writers(folder, url):
-            faults = [fault for fault in FAULTS if cases is None or (writer.name, fault) in cases]
-            if not faults or (names and writer.name not in names):
-                continue
+        chosen = {
+            writer: faults
+            for writer in writers(folder, url)
+            if not names or writer.name in names
+            if (faults := [fault for fault in FAULTS if cases is None or (writer.name, fault) in cases])
+        }
+        libraries = dict.fromkeys(library for writer in chosen for library in writer.libraries)
+        worker = stack.enter_context(Worker(build_layer(folder), [*MODULES, *libraries]))
+        for writer, faults in chosen.items():
             one = Attack(worker, writer, folder)
             for fault in faults:
                 started, calls = time.monotonic(), one.calls(fault)

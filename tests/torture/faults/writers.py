@@ -27,6 +27,7 @@ _TIMES = (
     (re.compile(rb'"(sha256|seal)": "[^"]*"'), rb'"\1": ""'),
 )
 _KEY, _UUID = re.compile(rb"[\w-]{43}\n"), re.compile(rb'"urn:uuid:[^"]*"')
+_NETWORK = ("tensorflow", "train.run.checkpoints", "train.model.saved_model")
 _JOBS = "tests.torture.faults.jobs"
 Files = dict[str, bytes]
 
@@ -43,6 +44,7 @@ class Writer:
         finals: patterns of the names that count as final ones, below the folder.
         kept: what of the work is kept in the folder, as a number, and what a repeat says that it took over.
         timed: whether the files hold the time of the run, or what is drawn, which is left out of comparisons.
+        libraries: that are loaded before the first run, since they take long.
         unsound: what is wrong with what an ended run leaves, where final names have several contents in turn.
     """
 
@@ -53,6 +55,7 @@ class Writer:
     finals: tuple[str, ...] = ("*",)
     kept: Callable[[Path], int] = lambda folder: 0
     timed: bool = False
+    libraries: tuple[str, ...] = ()
     unsound: Callable[[Path], list[str]] = lambda folder: []
 
     def files(self, folder: Path) -> Files:
@@ -233,8 +236,22 @@ def _reports(folder: Path) -> list[Writer]:
 def _rooms() -> list[Writer]:
     return [
         Writer("export", f"{_JOBS}:export", lambda out: [str(out / "artefacts")], finals=("artefacts",), timed=True),
-        Writer("training", f"{_JOBS}:train", lambda out: [str(out)], finals=(), timed=True, unsound=_training_faults),
-        Writer("SavedModel", f"{_JOBS}:saved_model", lambda out: [str(out / "saved_model")], finals=("saved_model",)),
+        Writer(
+            "training",
+            f"{_JOBS}:train",
+            lambda out: [str(out)],
+            finals=(),
+            timed=True,
+            libraries=_NETWORK,
+            unsound=_training_faults,
+        ),
+        Writer(
+            "SavedModel",
+            f"{_JOBS}:saved_model",
+            lambda out: [str(out / "saved_model")],
+            finals=("saved_model",),
+            libraries=_NETWORK,
+        ),
         Writer(
             "curves of a run",
             f"{_JOBS}:curves",
