@@ -52,6 +52,7 @@ def test_the_journal_says_what_a_run_belongs_to_and_what_it_has_found(folder: Pa
     assert partial.done == {(1, 0): crcs[0], (0, 0): crcs[1]}
     assert not partial.may_replace
     partial.mark(2, 3, 7)
+    assert partial.done[2, 3] == 7
     partial.close(finished=False)
     assert (folder / JOURNAL).read_text() == "".join([FIRST, *lines, '{"page": 2, "row": 3, "crc": 7}\n'])
 
@@ -84,14 +85,14 @@ def test_rows_lie_at_their_places_as_they_are_stored(tmp_path: Path) -> None:
 
 
 def test_others_may_read_what_the_umask_leaves(folder: Path) -> None:
-    former = os.umask(0o027)
+    former = os.umask(0o020)
     try:
         interrupted(folder, 0)
     finally:
         os.umask(former)
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {
-        JOURNAL: "0o640",
-        "probability.raw": "0o640",
+        JOURNAL: "0o646",
+        "probability.raw": "0o646",
     }
 
 
@@ -122,6 +123,11 @@ def test_only_pixels_that_fit_their_checksum_are_recalled(folder: Path) -> None:
     recalled = partial.recall(store, 0, 0, 4)
     assert recalled is not None
     np.testing.assert_array_equal(recalled, ROWS[0])
+    partial.keep(store, 2, 1, ROWS[2, 1:])
+    recalled = partial.recall(store, 2, 1, 4)
+    assert recalled is not None
+    np.testing.assert_array_equal(recalled, ROWS[2, 1:])
+    del partial.done[2, 1]
     # Not found before, and found with another height.
     assert partial.recall(store, 2, 0, 4) is None
     assert partial.recall(store, 0, 0, 3) is None
