@@ -115,6 +115,16 @@ peers-install: .venv-peers/.installed  ## PyTorch for `make peers`, in an enviro
 	-- $(BIN)/uv pip install --quiet --python .venv-peers/bin/python $(TORCH) 'numpy<2'
 	@touch $@
 
+.PHONY: nnunet
+nnunet: .venv-nnunet/.installed  ## this network beside nnU-Net's on the same slices, cores and minutes (NNUNET_FLAGS=)
+	@$(BIN)/python -m tools.nnunet $(NNUNET_FLAGS)
+
+.venv-nnunet/.installed: Makefile | install
+	@[ -x .venv-nnunet/bin/python ] || $(PYTHON) -m venv .venv-nnunet
+	@$(PYTHON) tools/progress.py --title "installing nnU-Net" --expected_s 120 --log $(LOGS)/nnunet.log \
+	-- .venv-nnunet/bin/pip install --quiet $(TORCH) nnunetv2==2.8.1
+	@touch $@
+
 .PHONY: v100-report
 v100-report: install  ## on a machine with a V100: build the plan, prove it, measure it (REPORT_FLAGS=)
 	@$(BIN)/python export/gpu_report.py --check $(REPORT_FLAGS)
@@ -211,4 +221,4 @@ install-rtx: install  ## TensorRT-RTX (proprietary), whose builder checks graph 
 
 .PHONY: clean
 clean:  ## remove what was built, but not data/ nor results
-	@rm -rf $(VENV) .venv-peers .cache .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis site mutants *.egg-info
+	@rm -rf $(VENV) .venv-peers .venv-nnunet .cache .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis site mutants *.egg-info

@@ -40,7 +40,16 @@ _FINE_TUNING = 0.1
 _COUNTS = ("batch_size", "max_steps", "log_every", "base_filters", "checkpoint_every", "decay_steps")
 _NOT_NEGATIVE = (
     *("global_batch_size", "evaluate_every", "patience", "warmup_steps", "lr_warmup_steps", "weight_decay"),
-    *("learning_rate", "momentum", "membrane_weight", "border_weight", "max_minutes", "membrane_width", "loss_scale"),
+    *(
+        "learning_rate",
+        "momentum",
+        "membrane_weight",
+        "border_weight",
+        "max_minutes",
+        "membrane_width",
+        "loss_scale",
+        "clip_norm",
+    ),
 )
 _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS, (1, math.inf)),
@@ -67,6 +76,7 @@ class TrainConfig:
     warmup_steps: int = setting(200, "with --benchmark: steps of --max_steps that are not measured")
     learning_rate: float = setting(0.01, "learning rate at the start; a tenth of it with --init_from")
     momentum: float = setting(0.99, "momentum of --optimizer momentum")
+    clip_norm: float = setting(0.0, "a step whose gradients are together longer than this shortens them to it; 0: none")
     decay_steps: int = setting(5000, "with --lr_schedule exponential: steps between two decays of the learning rate")
     decay_rate: float = setting(0.95, "with --lr_schedule exponential: factor of each decay")
     augment: bool = setting(False, "deform the training windows at random")

@@ -27,11 +27,11 @@ from train.run.cluster import Cluster, join_cluster
 from train.run.folder import Run
 from train.run.log import RunLog
 from train.run.room import require_room
-from train.scoring import tally, training_threshold
+from train.scoring import tally, training_scores
 from train.throughput import measure
 from train.trainer import Trainer, describe_precision, precision_of
 from unet import __version__
-from unet.errors import EXIT_INTERRUPTED, say
+from unet.errors import EXIT_INTERRUPTED, say, warn
 from unet.files import write_json
 from unet.intensity import find_windows
 from unet.volume import StackWriter, open_volume
@@ -169,13 +169,19 @@ def _finish(config: TrainConfig, run: Run, log: RunLog, step: int, data: Data) -
     target = run.folder / "saved_model"
     write_saved_model(model, target)
     best = run.best().newest
+    chosen_on = None if best else training_scores(make_predictor(model), data.training)
+    if chosen_on and chosen_on.is_blank:
+        warn(
+            "at each threshold the network calls all pixels membrane, or none: it was trained too shortly, or its "
+            "training collapsed; try more --max_steps, --clip_norm 1, or a lower --learning_rate"
+        )
     scores = {name: value for name, value in (best[1] if best else {}).items() if name not in ("step", "threshold")}
     run.write(
         trained={
             "steps": step,
             "weights": weights,
             "weights_step": weights_step,
-            "threshold": run.threshold if best else training_threshold(make_predictor(model), data.training),
+            "threshold": chosen_on.best_threshold if chosen_on else run.threshold,
             "threshold_from": "validation" if best else "training",
             "validation_scores": scores,
         }

@@ -69,6 +69,13 @@ class Tally:
             return np.asarray(self.sums[row] / self.sums[_SCORED])
 
     @property
+    def is_blank(self) -> bool:
+        """Whether each threshold between 0 and 1 makes membrane of all pixels or of none: the network sees nothing."""
+        inner = [0 < threshold < 1 for threshold in self.thresholds]
+        proposed = self.sums[_PROPOSED][inner]
+        return bool(np.isin(proposed, (0, self.sums[_ANNOTATED][0])).all())
+
+    @property
     def best_threshold(self) -> float:
         """The threshold between 0 and 1 with the largest V_rand + V_info, and of several the nearest to one half."""
         inner = [cut for cut in range(len(self.thresholds)) if 0 < self.thresholds[cut] < 1]
@@ -137,11 +144,11 @@ def tally(
     return Tally(sums, tuple(float(cut) for cut in thresholds))
 
 
-def training_threshold(predict: Predictor, training: Sequence[Slice]) -> float:
-    """The best threshold on a few of the slices that were trained on, for a run that kept none for validation.
+def training_scores(predict: Predictor, training: Sequence[Slice]) -> Tally:
+    """The scores of a few of the slices that were trained on, for a run that kept none for validation.
 
-    A network is surer of what it has seen, so a validation part chooses better; but one half, which has nothing to do
-    with how the loss weighs the membrane, is often far off.
+    Their best threshold is the run's. A network is surer of what it has seen, so a validation part chooses better; but
+    one half, which has nothing to do with how the loss weighs the membrane, is often far off.
 
     Raises:
         TrainError: if the network's answer is not a number.
@@ -150,7 +157,7 @@ def training_threshold(predict: Predictor, training: Sequence[Slice]) -> float:
     corner = (slice(_CHOOSING_PX), slice(_CHOOSING_PX))
     chosen = [training[len(training) * part // count] for part in range(count)]
     corners = [replace(item, image=item.image[corner], label=item.label[corner]) for item in chosen]
-    return tally(predict, corners).best_threshold
+    return tally(predict, corners)
 
 
 def _blocks(item: Slice) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], tuple[slice, slice]]]:

@@ -47,7 +47,11 @@ def make_optimizer(
     config: TrainConfig, precision: str, schedule: Schedule | None = None
 ) -> tf.keras.optimizers.Optimizer:
     """The optimizer of the configuration, with loss scaling where the precision is float16."""
-    common = {"learning_rate": schedule or Schedule(config), "weight_decay": config.weight_decay or None}
+    common = {
+        "learning_rate": schedule or Schedule(config),
+        "weight_decay": config.weight_decay or None,
+        "global_clipnorm": config.clip_norm or None,
+    }
     if config.optimizer == "adam":
         optimizer = tf.keras.optimizers.Adam(**common)
     else:

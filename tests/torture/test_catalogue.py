@@ -153,6 +153,10 @@ CATALOGUE: dict[str, tuple[Callable[[Place], Line], str]] = {
         lambda place: ["tools.install_helm", "--out", str(place.folder / "helm")],
         "could not be downloaded",
     ),
+    "NnunetError": (
+        lambda place: ["tools.nnunet", "--python", str(place.folder / "python"), "--out", str(place.folder / "nnunet")],
+        "python does not exist: `make nnunet` installs nnU-Net",
+    ),
     "SbomError": (not_locked, "constraints.txt has no version of unheard-of"),
     "BuildError": (reinstall, "Horovod could not be installed"),
 }

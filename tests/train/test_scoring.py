@@ -12,7 +12,7 @@ from train.errors import TrainError
 from train.evaluation import average_over_symmetries, make_predictor
 from train.input.store import Slice
 from train.model.network import build_unet
-from train.scoring import Tally, tally, training_threshold
+from train.scoring import Tally, tally, training_scores
 from unet.scores import score_stack
 
 Array = npt.NDArray[Any]
@@ -85,7 +85,17 @@ def test_four_corners_spread_over_the_training_slices_choose_the_threshold() -> 
         return of[int(image[0, 0])][: image.shape[0], : image.shape[1]]
 
     training = [Slice(str(index), np.full(label.shape, index, np.uint8), label) for index in range(10)]
-    assert training_threshold(predict, training) == pytest.approx(0.7)
+    assert training_scores(predict, training).best_threshold == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(("low", "high", "blank"), [(0.81, 0.88, True), (0.05, 0.09, True), (0.78, 0.83, False)])
+def test_a_network_that_tells_nothing_apart_is_known(low: float, high: float, blank: bool) -> None:
+    label = np.ones((20, 20), np.uint8)
+    label[:, 5] = 0
+    label[0] = 255  # nobody knows
+    item = Slice("a", np.zeros((20, 20), np.uint8), label)
+    found = tally(lambda image: np.where(label == 0, low, high).astype(np.float32), [item])
+    assert found.is_blank is blank
 
 
 def test_without_cells_the_membrane_decides() -> None:

@@ -48,6 +48,19 @@ def test_weight_decay_shrinks_kernels_and_spares_biases(tiny: Make) -> None:
     assert float(bias[0]) == 2.0
 
 
+def test_a_long_gradient_is_shortened_and_a_short_one_is_not(tiny: Make) -> None:
+    """Their length is that of all weights together."""
+    config = tiny(optimizer="momentum", momentum=0.0, learning_rate=1.0, weight_decay=0.0, clip_norm=2.5)
+    for precision in ("float32", "mixed_float16"):
+        optimizer = make_optimizer(config, precision)
+        first, second = tf.Variable([0.0]), tf.Variable([0.0])
+        optimizer.build([first, second])
+        optimizer.apply_gradients([(tf.constant([3.0]), first), (tf.constant([4.0]), second)])
+        assert [float(first[0]), float(second[0])] == pytest.approx([-1.5, -2.0])
+        optimizer.apply_gradients([(tf.constant([0.3]), first), (tf.constant([0.4]), second)])
+        assert [float(first[0]), float(second[0])] == pytest.approx([-1.8, -2.4])
+
+
 def test_an_overflow_is_skipped_and_the_loss_scale_recovers(tiny: Make) -> None:
     """The optimizer of a float16 run, on the float16 arithmetic of gradients that overflow."""
     optimizer = make_optimizer(tiny(learning_rate=0.5, optimizer="momentum", weight_decay=0.0), "mixed_float16")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from train.input.augmentation import NO_AUGMENTATION, Augmentation, resample, sampling_map, shift_intensities
+from train.input.augmentation import NO_AUGMENTATION, Augmentation, change_intensities, resample, sampling_map
 from unet.geometry import gather, mirrored_indices, output_size
 from unet.intensity import normalise
 from unet.volume import NOT_ANNOTATED
@@ -61,8 +61,9 @@ class Windows:
         chosen = self.slices[self.slice_index(number)]
         out = output_size(self.size)
         halo = (self.size - out) // 2
-        centre = self._centre(chosen, out, rng)
-        mapped = sampling_map(self.size, centre, self.settings, rng)
+        exact = rng.random() < self.settings.exact
+        centre = self._centre(chosen, out, rng, exact=exact)
+        mapped = sampling_map(self.size, centre, self.settings, rng, exact=exact)
         image = _read(chosen.image, mapped, brightness=True).astype(np.float32)
         inner = np.ascontiguousarray(mapped[:, halo : halo + out, halo : halo + out])
         label = _read(chosen.label, inner).astype(np.uint8)
@@ -71,25 +72,28 @@ class Windows:
             cost += _read(chosen.border, inner)
         cost[label == NOT_ANNOTATED] = 0
         chosen.release()
-        return shift_intensities(image, self.settings, rng)[..., np.newaxis], label, cost
+        return change_intensities(image, self.settings, rng)[..., np.newaxis], label, cost
 
-    def _centre(self, chosen: Slice, out: int, rng: np.random.Generator) -> tuple[float, float]:
-        """A random centre, in pixels, whose undeformed label has an annotated pixel."""
+    def _centre(self, chosen: Slice, out: int, rng: np.random.Generator, *, exact: bool) -> tuple[float, float]:
+        """A random centre, in pixels, whose undeformed label has an annotated pixel; see `_place`."""
         height, width = chosen.label.shape
         for _ in range(_TRIES):
-            row, col = self._place(height, out, rng), self._place(width, out, rng)
+            row, col = self._place(height, out, rng, exact=exact), self._place(width, out, rng, exact=exact)
             top, left = max(0, int(row - out / 2)), max(0, int(col - out / 2))
             if (chosen.label[top : top + out, left : left + out] != NOT_ANNOTATED).any():
                 break
         return row, col
 
-    def _place(self, side: int, out: int, rng: np.random.Generator) -> float:
-        """A random centre on one axis whose output lies inside the slice if the slice is large enough."""
+    def _place(self, side: int, out: int, rng: np.random.Generator, *, exact: bool) -> float:
+        """A random centre on one axis whose output lies inside the slice if the slice is large enough.
+
+        An exact one is midway between two pixels, as the window's own middle is.
+        """
         free = side - out
         middle = (side - 1) / 2
         if free <= 0:
-            return middle
-        offset = rng.integers(0, free + 1) if not self.settings.rotation else rng.uniform(0, free)
+            return middle - (side % 2) / 2 if exact else middle
+        offset = rng.integers(0, free + 1) if exact else rng.uniform(0, free)
         return float(middle + offset - free / 2)
 
     def batches(self, first: int, batch_size: int, stride: int, threads: int = 1) -> tf.data.Dataset:

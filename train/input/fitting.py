@@ -32,6 +32,7 @@ RECIPE: dict[str, Any] = {
     "batch_size": 2,
     "optimizer": "adam",
     "learning_rate": 0.001,
+    "clip_norm": 1.0,
     "lr_schedule": "cosine",
     "lr_warmup_steps": 100,
     "weight_decay": 0.0,

@@ -9,11 +9,11 @@ import scipy.ndimage
 from train.input.augmentation import (
     NO_AUGMENTATION,
     Augmentation,
+    change_intensities,
     elastic_field,
     linear_part,
     resample,
     sampling_map,
-    shift_intensities,
 )
 
 SIZE = 64
@@ -83,9 +83,47 @@ def test_labels_get_no_new_value_and_follow_the_image() -> None:
     assert (np.abs(smooth - nearest) <= 0.77).all()
 
 
-def test_intensities_are_shifted_and_clipped() -> None:
-    window = np.linspace(-1, 1, 50, dtype=np.float32)
-    shifted = [shift_intensities(window, Augmentation(), np.random.default_rng(seed)) for seed in range(20)]
-    assert all(array.dtype == np.float32 and array.min() >= -1 and array.max() <= 1 for array in shifted)
-    assert max(np.abs(array - window).max() for array in shifted) > 0.1
-    np.testing.assert_array_equal(shift_intensities(window, NO_AUGMENTATION, np.random.default_rng(0)), window)
+def test_an_exact_map_gives_mirrored_and_turned_pixels(plane: np.ndarray) -> None:  # type: ignore[type-arg]
+    """All eight symmetries of a square, each pixel one of the slice's own."""
+    crop = plane[29:93, 39:103]
+    turned = [np.rot90(crop, turns) for turns in range(4)]
+    wanted = {array.tobytes() for array in (*turned, *(array[::-1] for array in turned))}
+    seen = {
+        resample(
+            plane, sampling_map(SIZE, (60.5, 70.5), Augmentation(), np.random.default_rng(seed), exact=True)
+        ).tobytes()
+        for seed in range(80)
+    }
+    assert seen == wanted
+
+
+def test_intensities_are_changed_and_clipped() -> None:
+    window = np.linspace(-1, 1, 2500, dtype=np.float32).reshape(50, 50)
+    changed = [change_intensities(window, Augmentation(), np.random.default_rng(seed)) for seed in range(20)]
+    assert all(array.dtype == np.float32 and array.min() >= -1 and array.max() <= 1 for array in changed)
+    assert max(np.abs(array - window).max() for array in changed) > 0.1
+    np.testing.assert_array_equal(change_intensities(window, NO_AUGMENTATION, np.random.default_rng(0)), window)
+
+
+def test_gamma_keeps_the_ends_and_moves_the_middle() -> None:
+    window = np.array([[-1, 0, 1]], np.float32)
+    middles = []
+    for seed in range(50):
+        low, middle, high = change_intensities(window, only(gamma=0.3), np.random.default_rng(seed))[0]
+        assert (low, high) == (-1, 1)
+        middles.append(middle)
+    # 2 * 0.5 ** exp(0.3) - 1 and 2 * 0.5 ** exp(-0.3) - 1
+    assert -0.216 <= min(middles) < -0.15
+    assert 0.15 < max(middles) <= 0.197
+
+
+def test_half_of_the_windows_are_blurred_or_noisy() -> None:
+    rng = np.random.default_rng(7)
+    window = rng.uniform(-0.5, 0.5, (80, 80)).astype(np.float32)
+    rough = [np.std(change_intensities(window, only(blur_px=1.0), np.random.default_rng(n))) for n in range(60)]
+    still = sum(deviation == np.std(window) for deviation in rough)
+    assert 20 <= still <= 40
+    assert min(rough) < 0.5 * np.std(window)  # a blur of one pixel leaves 0.28 of white noise
+    noisy = [change_intensities(window, only(noise=0.1), np.random.default_rng(n)) - window for n in range(60)]
+    assert 20 <= sum(not added.any() for added in noisy) <= 40
+    assert 0.08 < max(np.std(added) for added in noisy) <= 0.105

@@ -19,6 +19,7 @@ from train.input.dataset import Windows, windows_of
 from train.input.pairs import find_pairs
 from train.input.store import Slice
 from train.model.border import border_weights
+from unet.intensity import normalise
 
 LARGE = """
 import numpy as np, psutil, sys
@@ -115,7 +116,9 @@ def test_image_label_and_cost_go_through_one_map(size: int) -> None:
     rng = np.random.default_rng(3)
     label = (scipy.ndimage.gaussian_filter(rng.normal(size=(size, size)), 6) > 0).astype(np.uint8)
     item = Slice("blobs", label * np.uint8(255), label, (label * 8).astype(np.float16))
-    settings = dataclasses.replace(Augmentation(), brightness=0.0, contrast=0.0)
+    settings = dataclasses.replace(
+        Augmentation(), exact=0.0, brightness=0.0, contrast=0.0, gamma=0.0, blur_px=0.0, noise=0.0
+    )
     windows = Windows([item], 284, settings, seed=1)
     for number in range(4):
         image, seen, cost = windows.window(number)
@@ -141,13 +144,23 @@ def test_a_part_of_a_large_slice_is_read_as_the_whole_would_be(monkeypatch: pyte
         assert np.mean(part[1] == label) > 0.995
 
 
-@pytest.mark.parametrize("part", ["elastic_px", "rotation", "flip", "min_scale", "brightness", "contrast"])
+@pytest.mark.parametrize(
+    "part", ["elastic_px", "rotation", "flip", "min_scale", "brightness", "contrast", "gamma", "blur_px", "noise"]
+)
 def test_augmentation_does_all_that_it_says(slices: list[Slice], part: str) -> None:
     """Each part by itself changes a window, beside one in which nothing is changed."""
     nothing = dataclasses.asdict(NO_AUGMENTATION)
-    only = Augmentation(**{**nothing, part: getattr(Augmentation(), part)})
+    only = Augmentation(**{**nothing, "exact": 0.0, part: getattr(Augmentation(), part)})
     plain, deformed = Windows(slices, 252, NO_AUGMENTATION, 1), Windows(slices, 252, only, 1)
     assert max(np.abs(deformed.window(number)[0] - plain.window(number)[0]).max() for number in range(6)) > 0.05
+
+
+def test_half_of_the_windows_show_the_slices_own_pixels(slices: list[Slice]) -> None:
+    settings = dataclasses.replace(Augmentation(), brightness=0.0, contrast=0.0, gamma=0.0, blur_px=0.0, noise=0.0)
+    windows = Windows(slices, 204, settings, seed=2)
+    values = {np.float32(value) for item in slices for value in np.unique(normalise(item.image))}
+    own = sum(set(np.unique(windows.window(number)[0])) <= values for number in range(60))
+    assert 20 <= own <= 40
 
 
 def test_the_flag_switches_augmentation(tiny: Callable[..., TrainConfig], slices: list[Slice]) -> None:
