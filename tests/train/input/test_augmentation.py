@@ -127,3 +127,47 @@ def test_half_of_the_windows_are_blurred_or_noisy() -> None:
     noisy = [change_intensities(window, only(noise=0.1), np.random.default_rng(n)) - window for n in range(60)]
     assert 20 <= sum(not added.any() for added in noisy) <= 40
     assert 0.08 < max(np.std(added) for added in noisy) <= 0.105
+
+
+def test_what_nobody_annotated_gets_no_value_between() -> None:
+    rng = np.random.default_rng(3)
+    label = np.asarray([0, 1, 255], np.uint8)[rng.integers(0, 3, (120, 140))]
+    mapped = sampling_map(SIZE, (60.0, 70.0), Augmentation(), rng)
+    assert set(np.unique(resample(label, mapped, nearest=True))) == {0, 1, 255}
+
+
+@pytest.mark.parametrize("elastic_px", [0.0, 0.5])
+def test_a_map_is_its_matrix_its_centre_and_its_field(elastic_px: float) -> None:
+    settings, rng = only(flip=True, rotation=True, min_scale=0.8, elastic_px=elastic_px), np.random.default_rng(4)
+    mapped = sampling_map(SIZE, (60.0, 70.0), settings, np.random.default_rng(4))
+    offsets = np.asarray(np.mgrid[:SIZE, :SIZE]) - (SIZE - 1) / 2
+    due = np.einsum("ij,jrc->irc", linear_part(settings, rng), offsets) + np.array([60.0, 70.0])[:, None, None]
+    if elastic_px:
+        due += elastic_field(SIZE, elastic_px, rng)
+    assert mapped.dtype == np.float32
+    np.testing.assert_allclose(mapped, due, atol=1e-4)
+
+
+def test_every_angle_is_as_likely_and_nothing_is_drawn_for_nothing() -> None:
+    matrices = [linear_part(only(rotation=True), np.random.default_rng(seed)) for seed in range(400)]
+    assert matrices[0].dtype == np.float32
+    quarters = np.histogram([np.arctan2(one[1, 0], one[0, 0]) for one in matrices], 4, (-np.pi, np.pi))[0]
+    assert 75 < quarters.min() <= quarters.max() < 125
+    rng, untouched = np.random.default_rng(5), np.random.default_rng(5)
+    sampling_map(SIZE, (60.0, 70.0), NO_AUGMENTATION, rng)
+    assert rng.random() == untouched.random()
+
+
+def test_an_elastic_field_bends_without_a_kink_and_favours_no_side() -> None:
+    fields = np.stack([elastic_field(256, 6.0, np.random.default_rng(seed)) for seed in range(60)])
+    assert abs(fields.mean()) < 0.3
+    # Linear interpolation turns by about sigma / spacing at each control point, cubic by a tenth of that a pixel.
+    assert np.abs(np.diff(fields, 2, axis=-1)).max() < 0.05
+
+
+def test_gain_and_shift_fill_their_ranges() -> None:
+    window, settings = np.array([[0.0, 0.1]], np.float32), only(contrast=0.2, brightness=0.2)
+    changed = [change_intensities(window, settings, np.random.default_rng(seed))[0] for seed in range(300)]
+    for found, middle, reach in ((np.diff(changed)[:, 0] / 0.1, 1, 0.2), (np.array(changed)[:, 0], 0, 0.2)):
+        assert middle - reach - 1e-5 <= found.min() < middle - 0.9 * reach
+        assert middle + 0.9 * reach < found.max() <= middle + reach + 1e-5

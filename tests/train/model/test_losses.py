@@ -62,6 +62,7 @@ def test_what_nobody_annotated_draws_no_border() -> None:
     label = np.ones((30, 40), np.uint8)
     label[:, 18:22] = 0
     drawn = border_weights(label)
+    assert drawn.dtype == np.float32
     assert drawn[:, 18:22].min() > 1
     hidden = label.copy()
     hidden[:, 22:] = 255
@@ -78,4 +79,7 @@ def test_border_weight_equals_the_papers_formula() -> None:
 
 
 def test_a_single_cell_has_no_border() -> None:
-    assert border_weights(np.ones((20, 20), np.uint8)).max() == 0
+    drawn = border_weights(np.ones((20, 30), np.uint8))
+    assert drawn.dtype == np.float32
+    assert drawn.shape == (20, 30)
+    assert drawn.max() == 0

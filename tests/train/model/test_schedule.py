@@ -75,6 +75,41 @@ def test_a_machine_that_becomes_slower_takes_fewer_steps(tiny: Make, monkeypatch
     assert budget.fewer(done, planned) == done
 
 
+def test_a_budget_is_open_until_enough_steps_are_timed(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("train.model.schedule.time.perf_counter", lambda: clock[0])
+    assert not Budget(tiny(max_minutes=0.0), 0).open
+    budget = Budget(tiny(max_steps=1000, max_minutes=1.0), 7)
+    assert (budget.open, budget.step_s) == (True, 0.0)
+    # One slow step is enough, and takes the time that is left: 43 s of 60 for steps of 6 s.
+    for done, seconds, fitted in ((8, 1.0, None), (9, 4.0, None), (10, 6.0, None), (11, 6.0, 11 + 7)):
+        clock[0] += seconds
+        assert budget.fitted(done) == fitted
+    assert budget.step_s == 6.0
+    # As long as it is open nothing is taken away.
+    for _ in range(20):
+        budget.took(1000.0)
+    assert budget.fewer(11, 18) is None
+    budget.open = False
+    assert budget.fewer(11, 18) == 11
+    assert budget.step_s == 1000.0
+    clock[0] = 1000.0
+    assert budget.fitted(12) == 12
+
+
+def test_a_tenth_more_than_the_budget_is_tolerated_and_no_more(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.model.schedule.time.perf_counter", lambda: 0.0)
+    budget = Budget(tiny(max_steps=1000, max_minutes=1.0), 0)
+    budget.open = False
+    for _ in range(9):
+        budget.took(1.0)
+    assert budget.fewer(0, 1000) is None
+    budget.took(1.0)
+    assert budget.fewer(0, 66) is None
+    assert budget.fewer(0, 67) == 60
+    assert budget.fewer(5, 72) == 65
+
+
 def test_a_run_on_a_machine_that_becomes_slower_ends_in_order(
     tiny: Make, fit: Callable[..., object], slices: list[Slice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
