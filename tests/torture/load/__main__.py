@@ -23,14 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5, help="of ten times the load, for each policy (default: 5)")
     parser.add_argument("--inferences", type=int, default=100_000, help="for each backend (default: 100000)")
     parser.add_argument("--kills", type=int, default=1000, help="of clients, for each backend (default: 1000)")
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="only this one of them")
     parser.add_argument("--out", type=Path, default=Path("torture.md"), help="the figures are added to this file")
     chosen = parser.parse_args(argv)
-    overloads = [overload.attack(60 * chosen.minutes, policy, note=say) for policy in overload.POLICIES]
+    overloads = [
+        overload.attack(60 * chosen.minutes, policy, note=say) for policy in overload.POLICIES if chosen.minutes
+    ]
     lines = ["", "# Ten times the load", "", overload.HEAD, *(one.row() for one in overloads)]
     memories = [
         attack(times, backend, note=say)
-        for backend in BACKENDS
+        for backend in chosen.backend or BACKENDS
         for attack, times in ((memory.infer, chosen.inferences), (memory.kill, chosen.kills))
+        if times
     ]
     lines += ["", "# Memory of the server", "", memory.HEAD, *(one.row() for one in memories), ""]
     findings = [each for one in overloads for each in (*one.faults, *one.late)]

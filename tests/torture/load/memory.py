@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from serve.models.config import ModelSettings
 from serve.segment.connection import Connection
 from serve.segment.errors import ClientError
@@ -19,7 +21,7 @@ from tests.torture.load.server import LIMIT_S, SIDE, ask, loaded_server, memory_
 
 # Growth that is allowed: allocators and pools fill slowly.
 SHARE, MIB = 0.05, 20.0
-_CLIENTS = 4
+_CLIENTS, _MOST = 4, 8
 _TILES = tiles(16)
 
 
@@ -30,6 +32,7 @@ class Remembered:
     Attributes:
         what: was done, in words.
         done: how often.
+        requests: that this took.
         memory_mib: of the server, each with how often it was done by then.
         settled: how often it was done when memory was measured for the comparison.
         awaited_s: until the last region of a killed client was given back.
@@ -39,6 +42,7 @@ class Remembered:
 
     what: str
     done: int = 0
+    requests: int = 0
     memory_mib: list[tuple[int, float]] = field(default_factory=list)
     settled: int = 0
     awaited_s: float = 0.0
@@ -64,7 +68,8 @@ class Remembered:
         """A row of the table."""
         (settled, before), (_, after) = self.ends
         most = max(mib for done, mib in self.memory_mib if done >= settled)
-        cells = (self.what, f"{self.done:,}", f"{before:.1f} after {settled:,}", f"{after:.1f}", f"{most:.1f}")
+        times = f"{self.done:,} in {self.requests:,} requests" if self.requests else f"{self.done:,}"
+        cells = (self.what, times, f"{before:.1f} after {settled:,}", f"{after:.1f}", f"{most:.1f}")
         wrong = len(self.faults) + len(self.grown)
         return f"| {' | '.join(cells)} | {after - before:+.1f} | {self.awaited_s:.1f} | {wrong} |"
 
@@ -76,9 +81,9 @@ HEAD = (
 
 
 def infer(times: int, backend: str, *, note: Callable[[str], None] = lambda text: None) -> Remembered:
-    """Send so many requests, half of them in shared memory, and watch the server's memory."""
+    """Have so many tiles computed, in requests of 1 to 8, half of them in shared memory, and watch the memory."""
     found = Remembered(f"inferences, {backend}", settled=times // 10)
-    with loaded_server(0, ModelSettings(max_batch_size=8, backend=backend)) as server, _clients(server, found):
+    with loaded_server(0, ModelSettings(max_batch_size=_MOST, backend=backend)) as server, _clients(server, found):
         while found.done < times:
             target = min(times, found.done + max(1, times // 50))
             _await(lambda target=target: found.done >= target or found.faults, float("inf"))  # type: ignore[misc]
@@ -87,6 +92,7 @@ def infer(times: int, backend: str, *, note: Callable[[str], None] = lambda text
             if found.faults:
                 break
     found.judge()
+    note(found.row())
     return found
 
 
@@ -99,13 +105,13 @@ def _clients(server: TritonServer, found: Remembered) -> Iterator[None]:
         kind = (Slot, SharedSlot)[number % 2]
         connection = Connection(server.settings.grpc_url, "unet", "", LIMIT_S)
         try:
-            slot = kind(connection, (1, 1, SIDE, SIDE))
-            sent = number
+            slot, rng = kind(connection, (_MOST, 1, SIDE, SIDE)), np.random.default_rng(number)
             while not enough.is_set():
-                right = ask(connection, slot, _TILES[sent % len(_TILES)])
-                sent += 1
+                batch = rng.permutation(_TILES[:, 0])[: rng.integers(1, _MOST, endpoint=True)]
+                right = ask(connection, slot, batch)
                 with lock:
-                    found.done += 1
+                    found.done += len(batch)
+                    found.requests += 1
                     if not right:
                         found.faults.append(f"{found.what}: a wrong answer by {kind.__name__}")
             slot.close()
@@ -128,7 +134,7 @@ def _clients(server: TritonServer, found: Remembered) -> Iterator[None]:
 def kill(times: int, backend: str, *, note: Callable[[str], None] = lambda text: None) -> Remembered:
     """Kill so many clients in the middle of a request in shared memory, while another one gets its answers."""
     found, killed = Remembered(f"killed clients, {backend}", settled=times // 10), set[int]()
-    with loaded_server(1, ModelSettings(max_batch_size=8, backend=backend)) as server:
+    with loaded_server(1, ModelSettings(max_batch_size=_MOST, backend=backend)) as server:
         connection = Connection(server.settings.grpc_url, "unet", "", LIMIT_S)
         mine = SharedSlot(connection, (1, 1, SIDE, SIDE))
         try:
@@ -150,6 +156,7 @@ def kill(times: int, backend: str, *, note: Callable[[str], None] = lambda text:
             mine.close()
             connection.close()
     found.judge()
+    note(found.row())
     return found
 
 

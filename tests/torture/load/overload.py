@@ -124,6 +124,7 @@ def attack(seconds: float, policy: str, *, note: Callable[[str], None] = lambda 
         finally:
             connection.close()
     _judge(found, seconds)
+    note(found.row())
     return found
 
 

@@ -79,10 +79,14 @@ def test_few_slices_are_divided_by_rows_with_a_gap_as_wide_as_the_network_sees(
         assert after[0] - before[1] >= HALO
 
 
-def test_training_sees_no_label_of_the_other_parts(tiny: Make, write: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("fold", [0, 4])
+def test_training_sees_no_label_of_the_other_parts(tiny: Make, write: Callable[..., Path], fold: int) -> None:
     images, labels = synthetic_stack(slices=2, size=600, seed=2)
-    config = tiny(data_dir=str(write(images, labels)), crossvalidation_idx=4, validation_share=0.1)
+    config = tiny(
+        data_dir=str(write(images, labels)), crossvalidation_idx=fold, validation_share=0.1, border_weight=10.0
+    )
     data = load_data(config)
+    assert data.record()["stacks"] == ["train-volume.tif"]
     counted = np.zeros((2, 600), bool)
     for page, item in enumerate(data.training):
         counted[page] = (item.label != 255).any(axis=1)
@@ -93,6 +97,12 @@ def test_training_sees_no_label_of_the_other_parts(tiny: Make, write: Callable[.
         for page, item in enumerate(items):
             annotated = np.flatnonzero((item.label != 255).any(axis=1))
             np.testing.assert_array_equal(item.label[annotated], labels[page, rows[0] : rows[1]])
+            # Around them is what the network sees.
+            np.testing.assert_array_equal(item.image, images[page, max(0, rows[0] - HALO) : rows[1] + HALO])
+            assert item.label.shape == item.image.shape
+            assert item.label.dtype == np.uint8
+            assert item.border is None
+            assert item.name == f"train-volume.tif[{page}] rows {rows[0]} to {rows[1]}"
             # Nothing that training counts lies as near as the network sees.
             assert not counted[page, max(0, rows[0] - HALO) : rows[1] + HALO].any()
     assert counted.sum() == 2 * np.count_nonzero(counted[0]) > 2 * 150
