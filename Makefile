@@ -158,10 +158,12 @@ test-slow: install  ## the tests that take longer
 	@$(BIN)/python -m pytest -m "slow and not gpu and not images"
 
 .PHONY: torture
-torture: install  ## damaged files, artefacts and requests, faults of the disk, too much load; counts in torture.md (three hours)
+torture: install  ## damaged files and requests, faults of disk and network, kills, too much load; counts in torture.md (four hours)
 	@$(BIN)/python -m tests.torture.fuzz --inputs 100000 --out torture.md
 	@$(BIN)/python -m tests.torture.artefacts --inputs 10000 --out torture.md
 	@$(BIN)/python -m tests.torture.faults.campaign --out torture.md
+	@$(BIN)/python -m tests.torture.kills --kills 300 --ranks 20 --out torture.md
+	@$(BIN)/python -m tests.torture.network --runs 300 --out torture.md
 	@$(BIN)/python -m tests.torture.publishing --changes 100 --out torture.md
 	@$(BIN)/python -m tests.torture.messages --inputs 20000 --out torture.md
 	@$(BIN)/python -m tests.torture.load --minutes 5 --inferences 100000 --kills 1000 --out torture.md

@@ -29,6 +29,10 @@ CASES = {
     ("server's state", "no fsync"): (1,),
     ("client from HDF5", "no space once"): (20,),
     ("cells to OME-Zarr", "a broken disk"): (20,),
+    ("client to OME-Zarr", "killed"): (90,),
+    ("client by shards", "killed after half a write"): (12,),
+    ("publishing another version", "killed"): (50,),
+    ("export", "killed"): (15,),
 }
 
 

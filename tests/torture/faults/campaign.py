@@ -1,9 +1,9 @@
 """Every writer under faults: ``python -m tests.torture.faults.campaign --out torture.md``.
 
 The first call of a writer that changes a file fails, then the second, and so on to the last; each kind of fault on its
-own. Each time the command says so in one sentence and ends with a code that is not 0, or goes on to the right bytes;
-under a final name is the whole result, or what was there before; and the same command without the fault gives the
-bytes of a run that nothing happened to, and leaves nothing else.
+own, and death by SIGKILL is one of them. Each time the command says so in one sentence and ends with a code that is not
+0, or goes on to the right bytes, or is dead; under a final name is the whole result, or what was there before; and the
+same command without the fault gives the bytes of a run that nothing happened to, and leaves nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ from unet.errors import say
 
 # Whose libraries a worker has loaded before it forks.
 MODULES = ("serve.client", "serve.repository", "tests.torture.faults.jobs", "zarr", "scipy.ndimage", "tifffile")
+# What a fault may end in.
+VERDICTS = ("refused", "killed", "right", "wrong")
 
 
 @dataclass
@@ -40,15 +43,12 @@ class Tally:
 
     def table(self) -> str:
         """As Markdown."""
-        lines = ["| writer | fault | calls tried | refused in a sentence | went on, right bytes | wrong |"]
-        lines.append("|---|---|---:|---:|---:|---:|")
+        lines = ["| writer | fault | calls tried | refused in a sentence | killed | went on, right bytes | wrong |"]
+        lines.append("|---|---|---:|---:|---:|---:|---:|")
         for writer, fault in dict.fromkeys(key[:2] for key in self.counts):
-            each = [self.counts[writer, fault, verdict] for verdict in ("refused", "right", "wrong")]
+            each = [self.counts[writer, fault, verdict] for verdict in VERDICTS]
             lines.append(f"| {writer} | {fault} | {sum(each)} | {' | '.join(map(str, each))} |")
-        each = [
-            sum(count for key, count in self.counts.items() if key[2] == verdict)
-            for verdict in ("refused", "right", "wrong")
-        ]
+        each = [sum(count for key, count in self.counts.items() if key[2] == verdict) for verdict in VERDICTS]
         return "\n".join([*lines, f"| all | | {sum(each)} | {' | '.join(map(str, each))} |"])
 
 
@@ -79,7 +79,7 @@ class Attack:
         return self._run(fault).calls
 
     def attempt(self, fault: str, at: int) -> tuple[str, str]:
-        """The verdict on one fault, "refused", "right" or "wrong", and what is wrong."""
+        """The verdict on one fault, one of `VERDICTS`, and what is wrong."""
         self._fresh()
         ended = self._run(fault, at)
         left = self.writer.files(self._out) if self._out.exists() else {}
@@ -89,7 +89,7 @@ class Attack:
         kept = self.writer.kept(self._out)
         if ended.code:
             problems += self._repeated(kept)
-        verdict = "wrong" if problems else "refused" if ended.code else "right"
+        verdict = "wrong" if problems else "killed" if ended.code < 0 else "refused" if ended.code else "right"
         return verdict, "; ".join(problems)
 
     def _repeated(self, kept: int) -> Iterator[str]:
@@ -106,6 +106,8 @@ class Attack:
 
     def _said(self, ended: Ended, fault: str, left: Files) -> Iterator[str]:
         lines = [line for line in ended.err.splitlines() if line and not line.startswith("warning: ")]
+        if ended.code == -signal.SIGKILL and FAULTS[fault].number < 0:
+            return
         if "Traceback" in ended.err or ended.code < 0:
             yield f"a crash, code {ended.code}: {' / '.join(ended.err.splitlines()[-2:])}"
         elif ended.code == 0:
@@ -146,6 +148,7 @@ def attack(
     *,
     every: int = 1,
     names: Sequence[str] = (),
+    kinds: Sequence[str] = (),
     note: Callable[[str], None] = lambda text: None,
 ) -> Tally:
     """Attack the writers.
@@ -154,6 +157,7 @@ def attack(
         cases: of a writer's and a fault's name the calls that are to fail, each in a run of its own; by default all.
         every: of all calls, one in so many.
         names: of the writers; all by default.
+        kinds: of faults; all by default.
         note: takes a line for each writer and fault.
     """
     found = Tally()
@@ -164,7 +168,7 @@ def attack(
             writer: faults
             for writer in writers(folder, url)
             if not names or writer.name in names
-            if (faults := [fault for fault in FAULTS if cases is None or (writer.name, fault) in cases])
+            if (faults := [kind for kind in kinds or FAULTS if cases is None or (writer.name, kind) in cases])
         }
         libraries = dict.fromkeys(library for writer in chosen for library in writer.libraries)
         worker = stack.enter_context(Worker(build_layer(folder), [*MODULES, *libraries]))
@@ -186,9 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture.faults.campaign", description="Faults of writers.")
     parser.add_argument("--every", type=int, default=1, help="of the calls, one in so many fails (default: 1)")
     parser.add_argument("--writer", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument("--fault", action="append", default=[], choices=FAULTS, help="only this one; repeatable")
     parser.add_argument("--out", type=Path, default=Path("torture.md"), help="the counts are added to this file")
     chosen = parser.parse_args(argv)
-    found = attack(every=chosen.every, names=chosen.writer, note=say)
+    found = attack(every=chosen.every, names=chosen.writer, kinds=chosen.fault, note=say)
     lines = ["", "# Faults of writers", "", found.table(), ""]
     lines += [f"- {finding} ({where})" for finding, where in found.findings.items()] or ["No faults."]
     return report(lines, chosen.out, found.findings)

@@ -1,10 +1,11 @@
-// Preloaded into a process, this makes the Nth call that changes a file below a folder fail, or write half.
+// Preloaded into a process, this makes the Nth call that changes a file below a folder fail, write half, or kill the process.
 // Nothing fails before fault_arm(). Forked processes count together.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +25,7 @@ static long *met;
 
 // Arms the layer: of the calls in the set `which` whose file lies below `below`, the one numbered `nth` (from 1 on; 0:
 // none) fails with `error`. With `more` all later ones fail as well; with `half` it writes half, and then only later ones
-// fail, if `more` says so.
+// fail, if `more` says so. A negative `error` is a signal, which the process gets instead of an answer.
 void fault_arm(const char *below, int which, int error, int more, int half, long nth) {
   if (!met) met = mmap(NULL, sizeof *met, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   snprintf(folder, sizeof folder, "%s/", below);
@@ -50,6 +51,7 @@ static int verdict(int operation, const char *path) {
   long now = __atomic_add_fetch(met, 1, __ATOMIC_SEQ_CST);
   if (at == 0 || now < at || (now > at && !sticky)) return FINE;
   if (now == at && halves) return HALF;
+  if (number < 0) kill(getpid(), -number);
   errno = number;
   return FAIL;
 }

@@ -22,6 +22,7 @@ SOURCE = Path(__file__).with_name("layer.c")
 ROOT = SOURCE.parents[3]
 LIMIT_S = 120.0
 _WRITE, _TRUNCATE, _SYNC, _RENAME, _MODE, _MAKE = (1 << bit for bit in range(6))
+_ALL = (1 << 6) - 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Fault:
 
     Attributes:
         operations: the calls that it befalls, as bits of the layer.
-        number: what they answer.
+        number: what they answer; below 0 a signal that the process gets before the call.
         more: whether all later calls fail as well.
         half: whether the first one writes half of what it should instead.
     """
@@ -49,6 +50,8 @@ FAULTS = {
     "no chmod": Fault(_MODE, errno.EPERM),
     "no rename": Fault(_RENAME, errno.EXDEV),
     "short writes": Fault(_WRITE, half=True),
+    "killed": Fault(_ALL, -signal.SIGKILL),
+    "killed after half a write": Fault(_WRITE, -signal.SIGKILL, more=True, half=True),
 }
 # A file system may lack these, and its files are as good as others: a command may go on without them.
 FORGIVEN = ("no fsync", "no chmod", "short writes")
