@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,11 +105,14 @@ def ask(connection: Connection, slot: Slot, batch: npt.NDArray[np.uint8]) -> boo
 
 
 def memory_mib(server: TritonServer) -> float:
-    """Memory of the server and its children, in MiB; what several of them share is counted once (PSS)."""
+    """Memory of the server and its children that no file backs, in MiB.
+
+    Not all that is resident, nor PSS: both change with what other processes do with the same libraries.
+    """
     assert server.pid is not None
-    process = psutil.Process(server.pid)
-    total = 0
+    process, total_kib = psutil.Process(server.pid), 0
     for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += each.memory_full_info().pss
-    return total / 2**20
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{each.pid}/status").read_text()
+            total_kib += sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE))
+    return total_kib / 2**10
