@@ -65,6 +65,8 @@ class Proxy:
         self._target = target
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        # The loop itself does not hold on to what it runs.
+        self._tasks: set[asyncio.Task[None] | None] = set()
         self.mend()
         self.port = 0
 
@@ -97,6 +99,7 @@ class Proxy:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._tasks.add(asyncio.current_task())
         if self.met and self._way == "cut until mended":
             writer.transport.abort()
             return

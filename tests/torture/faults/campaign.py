@@ -181,7 +181,8 @@ def attack(
                     found.counts[writer.name, fault, verdict] += 1
                     if problem:
                         found.findings.setdefault(f"{writer.name}, {fault}: {problem}"[:400], f"call {at} of {calls}")
-                note(f"{writer.name}, {fault}: {calls} calls, {time.monotonic() - started:.0f} s")
+                each = [f"{found.counts[writer.name, fault, one]} {one}" for one in VERDICTS]
+                note(f"{writer.name}, {fault}: {calls} calls, {', '.join(each)}, {time.monotonic() - started:.0f} s")
     return found
 
 
