@@ -23,6 +23,7 @@ from serve.models.config import (
 )
 from serve.models.seal import read_config, seal
 from serve.models.signing import NO_SIGNING, Signing
+from serve.models.versions import former_version, remove_unfinished, too_old, versions_in
 from unet.card import CARD_FILE, Card, CardError
 from unet.errors import UnetError, warn
 from unet.files import atomic_directory, atomic_file, remove_directory, sha256_of, take_lock
@@ -128,7 +129,7 @@ def rollback(
     if not folder.is_dir():
         raise RepositoryError(f"{folder} does not exist: name the model with --model_name")
     with _sole_publisher(folder):
-        source = folder / str(_former(folder) if version is None else version)
+        source = folder / str(former_version(folder) if version is None else version)
         if not (source / CONFIG_FILE).is_file():
             known = ", ".join(map(str, versions_in(folder))) or "none"
             raise RepositoryError(f"{source} is no version to go back to; there are {known}")
@@ -167,35 +168,6 @@ def _content_of(card: Card, settings: ModelSettings) -> tuple[dict[str, Path], d
     return files, texts
 
 
-def versions_in(folder: Path) -> list[int]:
-    """The versions in a model's folder, the oldest first.
-
-    Raises:
-        RepositoryError: one has a name that Triton takes for another number.
-    """
-    named = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
-    for path in named:
-        if path.name != str(int(path.name)):
-            raise RepositoryError(
-                f"{path} is named with leading zeros, or not in plain digits, and Triton would not find its files: "
-                f"rename it to {int(path.name)}, or remove it"
-            )
-    return sorted(int(path.name) for path in named)
-
-
-def _former(folder: Path) -> int:
-    *others, present = versions_in(folder) or [0]
-    for version in reversed(others):
-        if _content(folder / str(version)) != _content(folder / str(present)):
-            return version
-    raise RepositoryError(f"{folder} has no version that differs from the present one: publish one")
-
-
-def _content(version: Path) -> list[bytes]:
-    """What makes a version what it is; the card holds the hash of the network."""
-    return [path.read_bytes() for name in (CARD_FILE, CONFIG_FILE) if (path := version / name).exists()]
-
-
 def _verify(version: Path) -> None:
     card = Card.load(version)
     config = read_config(version / CONFIG_FILE)
@@ -229,11 +201,11 @@ def _release(folder: Path, fill: Callable[[Path], None], keep: int, load: Load |
         if not isinstance(error, UnetError):
             raise
         raise RepositoryError(f"version {version} of {folder.name} was taken back: {error}") from error
-    for old in versions_in(folder)[:-keep]:
+    for old in too_old(folder, keep):
         try:
-            remove_directory(folder / str(old))
+            remove_directory(old)
         except OSError as error:  # the new version is live, and that counts
-            LOGGER.warning("the former version %s stays: %s", folder / str(old), error.strerror)
+            LOGGER.warning("the former version %s stays: %s", old, error.strerror)
     return PublishedVersion(path, version)
 
 
@@ -286,10 +258,11 @@ def _replace(config: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _sole_publisher(folder: Path) -> Iterator[None]:
-    """Let no two processes choose the same next version; the lock ends with its holder."""
+    """Let no two processes choose the same next version; the lock ends with its holder, whose leavings go."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         take_lock(descriptor, wait=True)
+        remove_unfinished(folder)
         yield
     finally:
         os.close(descriptor)

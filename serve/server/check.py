@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from serve.models.backend import ENGINE_FILE, PYTHON_BACKEND, engine_text
 from serve.models.config import CONFIG_FILE
 from serve.models.library import OWN_BACKEND, own_library
-from serve.models.publish import served_config, versions_in
+from serve.models.publish import served_config
 from serve.models.seal import is_sealed
+from serve.models.versions import versions_in
 from serve.server.guard import SHARED_MEMORY
 from serve.server.install import TritonError
 from serve.server.offers import SHARED_MEMORY_REMEDY

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.models.config import PROFILES, ModelSettings, RepositoryError, model_config
-from serve.models.publish import publish, rollback, versions_in
+from serve.models.publish import publish, rollback
+from serve.models.versions import versions_in
 from serve.repository import main
 from serve.server.control import ModelControl, control_of
 from serve.server.install import TritonError

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from serve.models.config import ModelSettings, RepositoryError
-from serve.models.publish import publish, versions_in
+from serve.models.publish import publish
+from serve.models.versions import versions_in
 from serve.server.install import TritonError
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings, admin_key

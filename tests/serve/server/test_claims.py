@@ -14,7 +14,8 @@ import pytest
 import tifffile
 
 from serve.models.config import ModelSettings
-from serve.models.publish import publish, versions_in
+from serve.models.publish import publish
+from serve.models.versions import versions_in
 from serve.repository import main as publish_command
 from serve.server.claims import Claims
 from serve.server.install import TritonError

@@ -87,10 +87,14 @@ class Attack:
         problems += [f"half-written: {name}" for name in self._finals(left) if not self._whole(left, name)]
         problems += self.writer.unsound(self._out)
         kept = self.writer.kept(self._out)
-        if ended.code:
+        if ended.code and not (ended.code < 0 and self._is_done(left)):
             problems += self._repeated(kept)
         verdict = "wrong" if problems else "killed" if ended.code < 0 else "refused" if ended.code else "right"
         return verdict, "; ".join(problems)
+
+    def _is_done(self, left: Files) -> bool:
+        """Whether all was done but for what an end tidies away: a repeat is then a command of its own."""
+        return any(left.get(name) == self.good[name] != self.before.get(name) for name in self.writer.commits)
 
     def _repeated(self, kept: int) -> Iterator[str]:
         """What is wrong with the same command without a fault, which finds so much finished work."""

@@ -42,6 +42,7 @@ class Writer:
         argv: makes the arguments, from the folder that it may write into.
         prepare: has in that folder what must be there before.
         finals: patterns of the names that count as final ones, below the folder.
+        commits: names of files; once one of them is the new one, the command has done what it was to do.
         kept: what of the work is kept in the folder, as a number, and what a repeat says that it took over.
         timed: whether the files hold the time of the run, or what is drawn, which is left out of comparisons.
         libraries: that are loaded before the first run, since they take long.
@@ -53,6 +54,7 @@ class Writer:
     argv: Callable[[Path], list[str]]
     prepare: Callable[[Path], None] = lambda folder: None
     finals: tuple[str, ...] = ("*",)
+    commits: tuple[str, ...] = ()
     kept: Callable[[Path], int] = lambda folder: 0
     timed: bool = False
     libraries: tuple[str, ...] = ()
@@ -203,11 +205,11 @@ def _repositories(folder: Path) -> list[Writer]:
 
     call = "serve.repository:main"
     artefacts = ("--artefacts", str(folder / "second"), "--max_tile_size", "1004")
-    finals = ("unet/[0-9]*", "unet/config.pbtxt")
+    finals, commits = ("unet/[0-9]*", "unet/config.pbtxt"), ("unet/config.pbtxt",)
     return [
-        Writer("publishing the first version", call, line(*artefacts), finals=finals),
-        Writer("publishing another version", call, line(*artefacts, "--keep", "2"), published, finals),
-        Writer("going back to a version", call, line("--rollback"), published, finals),
+        Writer("publishing the first version", call, line(*artefacts), finals=finals, commits=commits),
+        Writer("publishing another version", call, line(*artefacts, "--keep", "2"), published, finals, commits),
+        Writer("going back to a version", call, line("--rollback"), published, finals, commits),
     ]
 
 
