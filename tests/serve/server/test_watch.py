@@ -192,6 +192,12 @@ def crowd(server: TritonServer, count: int) -> Iterator[None]:
             client.join()
 
 
+def canaries(server: TritonServer, count: int) -> None:
+    """One after the other: requests that had begun before a model hung are still answered, and count."""
+    for _ in range(count):
+        control_of(server.settings.state_dir).canary("unet", 1)
+
+
 def test_a_busy_model_is_not_loaded_again_and_one_that_hangs_is_noticed(
     gated: tuple[TritonServer, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,9 +213,7 @@ def test_a_busy_model_is_not_loaded_again_and_one_that_hangs_is_noticed(
         gate.touch()
         try:
             with pytest.raises(TritonError, match="answered neither the canary of unet nor any other request"):
-                # Requests that had passed the gate are still answered, and count.
-                for _ in range(10):
-                    control_of(server.settings.state_dir).canary("unet", 1)
+                canaries(server, 10)
         finally:
             gate.unlink()
 
