@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from serve.segment.connection import unanswered
 from serve.segment.errors import ClientError
-from serve.segment.slot import FORGET_TIMEOUT_S, Shape, Slot, region_stem
+from serve.segment.slot import Shape, Slot, forget, region_stem
 from unet.geometry import output_size
 from unet.names import INPUT, OUTPUT
 
@@ -96,12 +95,10 @@ class CudaSlot(Slot):
 
     def close(self) -> bool:
         """Have the server forget the regions, and give them back."""
-        answers = True
-        for way, region in self._regions.items():
-            try:
-                self.connection.client.unregister_cuda_shared_memory(self._names[way], client_timeout=FORGET_TIMEOUT_S)
-            except Exception as error:
-                answers = not unanswered(error)
+        names = [self._names[way] for way in self._regions]
+        client = self.connection.client
+        _, answers = forget(names, client.unregister_cuda_shared_memory, wait=not self.spent)
+        for region in self._regions.values():
             with contextlib.suppress(self._cuda.CudaSharedMemoryException):
                 self._cuda.destroy_shared_memory_region(region)
         self._regions = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from unet.geometry import output_size
 from unet.names import INPUT, OUTPUT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from serve.segment.connection import Connection
 
 Shape = tuple[int, int, int, int]
@@ -28,6 +31,9 @@ Shape = tuple[int, int, int, int]
 SHARED_MEMORY_DIR = Path("/dev/shm")
 PREFIX = "unet-client-"
 FORGET_TIMEOUT_S = 2.0
+# Nothing but the next answer tells that a region is free.
+_ASK_AGAIN_S = 0.002
+_IN_USE = "currently in use"
 # Room is left for what a message says beside the pixels.
 _MOST_BYTES = MESSAGE_BYTES - 2**16
 # Of what is no probability: an answer that was not written shows as such.
@@ -149,15 +155,40 @@ class SharedSlot(Slot):
         return self._answers[:count]
 
     def close(self) -> bool:
-        """Have the server forget the regions."""
-        try:
-            for name in self._names.values():
-                self.connection.client.unregister_system_shared_memory(name, client_timeout=FORGET_TIMEOUT_S)
-        except Exception as error:
-            # It is gone, or still at work on a request that was given up.
-            return not unanswered(error)
-        self.is_shared = False
-        return True
+        """Have the server forget the regions; returns whether it answered."""
+        client = self.connection.client
+        forgotten, answers = forget(self._names.values(), client.unregister_system_shared_memory, wait=not self.spent)
+        self.is_shared = not forgotten
+        return answers
+
+
+def forget(names: Iterable[str], unregister: Callable[..., None], *, wait: bool) -> tuple[bool, bool]:
+    """Have a server forget regions.
+
+    Args:
+        names: of the regions.
+        unregister: the client's call for this kind of memory.
+        wait: for a request that is still in them. Triton lets go of a request a moment after it has answered it, and
+            until then refuses to forget its memory; a request that was given up may take long.
+
+    Returns:
+        Whether it has forgotten all of them, and whether it answered.
+    """
+    until = time.monotonic() + FORGET_TIMEOUT_S
+    forgotten = True
+    for name in names:
+        while True:
+            try:
+                unregister(name, client_timeout=FORGET_TIMEOUT_S)
+            except Exception as error:
+                if unanswered(error):
+                    return False, False
+                if wait and _IN_USE in str(error) and time.monotonic() < until:
+                    time.sleep(_ASK_AGAIN_S)
+                    continue
+                forgotten = False
+            break
+    return forgotten, True
 
 
 def _largest_message(shape: Shape) -> int:

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,15 @@ from PIL import Image
 from serve import ClientError, Segmenter
 from serve.client import main
 from serve.models.config import ModelSettings, model_config
+from serve.segment.connection import Connection
+from serve.segment.slot import SharedSlot
 from serve.segment.slots import remove_dead_segments
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
 from unet.card import Card
 from unet.engine.cpu import CpuEngine, EngineChoice
 from unet.geometry import cheapest_tile_size, plan_tiles, predict_tiled
+from unet.names import OUTPUT
 from unet.processes import free_ports
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -251,6 +255,27 @@ def test_after_a_deadline_the_next_answer_is_right(odd_url: str, shared_memory: 
         while time.monotonic() < until:
             np.testing.assert_array_equal(segmenter.segment_slice(quick), expected(quick))
         assert bool(own_regions(odd_url) - before) == (shared_memory == "on")
+
+
+def test_memory_that_an_answered_request_is_still_in_is_forgotten_a_moment_later(odd_url: str) -> None:
+    """Triton refuses to forget a region while a request holds it, which it does for a moment after the answer."""
+    connection = Connection(odd_url, "slow", "", 10)
+    slot = SharedSlot(connection, (1, 1, 204, 204))
+    slot.images[...] = 255
+    inputs, outputs = slot.tensors(connection.grpc, 1)
+    answered = threading.Event()
+    try:
+        connection.client.async_infer("slow", inputs, lambda result, error: answered.set(), outputs=outputs)
+        # The request takes 1.5 s; a few round trips later the server has begun with it.
+        for _ in range(50):
+            connection.client.is_server_ready()
+        with pytest.raises(connection.grpc.InferenceServerException, match="in use"):
+            connection.client.unregister_system_shared_memory(slot._names[OUTPUT])
+        assert slot.close()
+        assert not registered(odd_url) & set(slot._names.values())
+        assert answered.wait(10)
+    finally:
+        connection.close()
 
 
 def test_forgotten_shared_memory_is_made_known_again(url: str) -> None:
