@@ -40,7 +40,6 @@ class Remembered:
         settled: how often it was done when memory was measured for the comparison.
         awaited_s: until the last region of a killed client was given back.
         faults: what is wrong.
-        crashed: whether Triton itself did; 2.50 does after about one killed client of 2,400.
         grown: memory that has grown by more than is allowed; a few requests settle nothing.
     """
 
@@ -51,7 +50,6 @@ class Remembered:
     settled: int = 0
     awaited_s: float = 0.0
     faults: list[str] = field(default_factory=list)
-    crashed: bool = False
     grown: list[str] = field(default_factory=list)
 
     def measure(self, server: TritonServer) -> None:
@@ -157,7 +155,6 @@ def kill(times: int, backend: str, *, note: Callable[[str], None] = lambda text:
             found.measure(server)
         except ClientError as error:
             said = _CRASHED.search(server.settings.log.read_text(errors="replace"))
-            found.crashed = said is not None
             found.faults.append(f"{found.what}, after {found.done}: {said[0] if said else error}")
         finally:
             mine.close()
