@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from serve.models.library import own_library
-from serve.server.guard import SHARED_MEMORY, is_of_dead_client
 from serve.server.install import TritonError, find_installation
 from serve.server.offers import (
     ABSENT,
@@ -35,6 +34,7 @@ from serve.server.offers import (
     look_at_tensorrt,
     version_of,
 )
+from serve.server.regions import SHARED_MEMORY, is_of_dead_client
 from serve.server.state import load_state
 from unet.card import Card, CardError
 from unet.config import FlagParser

@@ -1,4 +1,4 @@
-"""Run the model repository on a real Triton: ``python serve/triton.py run|start|stop|status|watch``."""
+"""Run the model repository on a real Triton: ``python serve/triton.py run|start|stop|status|watch|check``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,15 @@ def start(settings: ServerSettings) -> int:
     return 0
 
 
+def check(settings: ServerSettings) -> int:
+    """Look at what would be served, as each start does; 0 if it can be."""
+    from serve.server.check import check_repository
+
+    models = check_repository(settings.repository, settings.require_signature)
+    say(f"{settings.repository} can be served: {', '.join(models)}")
+    return 0
+
+
 def stop(state_dir: Path) -> int:
     """Stop what ``run`` or ``start`` started; 0 also if nothing runs."""
     say("stopped" if stop_kept(state_dir) else "no server is running")
@@ -76,6 +85,8 @@ def status(state_dir: Path, timeout_s: float = STATUS_TIMEOUT_S) -> int:
         f"process {state.server_pid} serves {', '.join(state.models)}, gRPC {state.grpc_url}, HTTP {state.http_url}, "
         f"log {state.log}"
     )
+    if state.restarted:
+        about += f"; it crashed, and was started again, {state.restarted} times"
     if not state.is_ready:
         say(f"not ready: {about}")
         return 1
@@ -103,9 +114,9 @@ def _parser() -> FlagParser:
     parser = FlagParser(prog="serve/triton.py", description=__doc__)
     parser.add_argument(
         "action",
-        choices=("run", "start", "stop", "status", "watch"),
+        choices=("run", "start", "stop", "status", "watch", "check"),
         help="run: in the foreground; start: in the background; status: exit code 0 if every model segments a tile, "
-        "else 1; watch: load models again that no longer answer",
+        "else 1; watch: load models again that no longer answer; check: exit code 0 if the repository can be served",
     )
     parser.add_argument("--model_repository", type=Path, default=Path("model_repository"), help="what is served")
     parser.add_argument("--log", type=Path, help="file for what the server says; by default in --state_dir")
@@ -137,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = from_flags(
         ServerSettings, chosen, repository=chosen.model_repository, log=log, state_dir=chosen.state_dir
     )
+    if chosen.action == "check":
+        return check(settings)
     if chosen.action == "start":
         return start(settings)
     return run(settings, watching if chosen.watch else None)

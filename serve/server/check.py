@@ -12,9 +12,9 @@ from serve.models.library import OWN_BACKEND, own_library
 from serve.models.publish import served_config
 from serve.models.seal import is_sealed
 from serve.models.versions import versions_in
-from serve.server.guard import SHARED_MEMORY
 from serve.server.install import TritonError
 from serve.server.offers import SHARED_MEMORY_REMEDY
+from serve.server.regions import SHARED_MEMORY
 from unet.card import CARD_FILE, Card
 from unet.card.signature import BYTECODE, SignatureError, verify
 from unet.engine.cpu import EngineChoice

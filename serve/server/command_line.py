@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from serve.models.library import arguments_library
 from serve.server.addresses import for_http, in_url, is_loopback
-from serve.server.guard import ADMIN_KEY_HEADER
+from serve.server.regions import ADMIN_KEY_HEADER
 from unet.tracing import traces_url
 
 if TYPE_CHECKING:

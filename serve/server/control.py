@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serve.server.check import check_signed
-from serve.server.guard import ADMIN_KEY_HEADER
 from serve.server.install import TritonError
+from serve.server.regions import ADMIN_KEY_HEADER
 from serve.server.settings import read_admin_key
-from serve.server.state import ServerState, load_state, server_name
+from serve.server.state import ServerState, load_state, note_model, server_name
 from unet.errors import UnetError
 from unet.geometry import output_size
 from unet.names import INPUT, OUTPUT
@@ -75,6 +75,7 @@ class ModelControl:
             client.load_model(model, headers=self._headers)
             if not client.is_model_ready(model, str(version), headers=self._headers):
                 raise TritonError(f"{self._url} loaded {model}, but not version {version}: see its log")
+        note_model(self._state, model)
 
     def reload(self, model: str) -> None:
         """Unload and load a model, so that its processes start again.

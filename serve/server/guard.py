@@ -11,7 +11,8 @@ To stop is SIGTERM, a bounded wait, SIGKILL for the server's process group, and 
 The same sweeping follows when the server ends by itself. The guard adopts what the server orphans, so that it can wait
 for every last descendant. If the guard itself is killed, the kernel sends the server SIGTERM.
 
-While the server runs, the guard also has it release the shared memory of clients that were killed.
+A server that was ready once, ``READY``, and then crashes is checked and started again, a bounded number of times. While
+the server runs, the guard also has it release the shared memory of clients that were killed.
 """
 
 from __future__ import annotations
@@ -25,111 +26,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-DETACH = b"d"
-SHARED_MEMORY = Path("/dev/shm")
+from serve.server.regions import Regions, remove_segments, start_ticks
+
+READY, DETACH = b"r", b"d"
 SWEEP_TIMEOUT_S = 5.0
-# What a client's segments and regions are called: this, its process number, a dash and a random word.
-CLIENT_PREFIX = "unet-client-"
-ADMIN_KEY_HEADER = "admin-key"
-_REGION_KINDS = ("systemsharedmemory", "cudasharedmemory")
-_RELEASE_INTERVAL_S, _RELEASE_TIMEOUT_S = 5.0, 2.0
 EXIT_STOPPED, EXIT_SERVER_ENDED = 0, 1
+_RELEASE_INTERVAL_S = 5.0
+# In which crashes are counted, and the longest pause before a start after one.
+_CRASHES_WITHIN_S, _LONGEST_PAUSE_S = 3600.0, 30.0
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; with its number this identifies it. None when it has ended.
-
-    Field 22 of ``/proc/PID/stat``; the name in field 2 may itself hold spaces and parentheses. A zombie has ended.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def remove_segments(prefix: str) -> list[str]:
-    """Remove the shared-memory segments whose name begins with ``prefix``; returns their names."""
-    removed = []
-    for path in SHARED_MEMORY.glob(f"{prefix}*"):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-            removed.append(path.name)
-    return removed
-
-
-def is_of_dead_client(name: str) -> bool:
-    """Whether a segment or region belongs to a client of this machine whose process has ended."""
-    owner = name[len(CLIENT_PREFIX) :].partition("-")[0]
-    if not name.startswith(CLIENT_PREFIX) or not owner.isdecimal():
-        return False
-    try:
-        os.kill(int(owner), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):  # another user's, alive; or no process number
-        return False
-    return start_ticks(int(owner)) is None
-
-
-class Regions:
-    """The shared memory that clients have registered with a running server.
-
-    Args:
-        address: IP address of the server's HTTP.
-        port: its port.
-        key: the admin key.
-    """
-
-    def __init__(self, address: str, port: int, key: str) -> None:
-        self._address, self._port, self._key = address, port, key
-
-    def of_dead_clients(self) -> dict[str, int]:
-        """The bytes of each region whose client has ended, by the region's name.
-
-        Raises:
-            OSError: the server does not answer.
-        """
-        return {name: size for kind in _REGION_KINDS for name, size in self._dead(kind).items()}
-
-    def release(self) -> dict[str, int]:
-        """Have the server give those regions back; returns what `of_dead_clients` found.
-
-        Raises:
-            OSError: the server does not answer.
-        """
-        released = {}
-        for kind in _REGION_KINDS:
-            for name, size in self._dead(kind).items():
-                self._ask("POST", f"/v2/{kind}/region/{name}/unregister")
-                released[name] = size
-        return released
-
-    def _dead(self, kind: str) -> dict[str, int]:
-        regions = json.loads(self._ask("GET", f"/v2/{kind}/status") or b"[]")
-        return {one["name"]: int(one["byte_size"]) for one in regions if is_of_dead_client(one["name"])}
-
-    def _ask(self, method: str, path: str) -> bytes:
-        import http.client  # takes as long to load as all the rest of the guard
-
-        connection = http.client.HTTPConnection(self._address, self._port, timeout=_RELEASE_TIMEOUT_S)
-        try:
-            connection.request(method, path, headers={ADMIN_KEY_HEADER: self._key})
-            response = connection.getresponse()
-            body = response.read()
-        except http.client.HTTPException as error:
-            raise OSError(f"HTTP port {self._port} does not answer in HTTP: {error}") from error
-        finally:
-            connection.close()
-        return body if response.status == http.HTTPStatus.OK else b""
 
 
 def kill_group(group: int) -> None:
@@ -145,24 +56,29 @@ def remove_links(links: str) -> None:
 
 
 class Guard:
-    """One server from its start to its end.
+    """One server from its start to its end, whatever crashes it meanwhile.
 
     Args:
         command: the server's command line.
         environment: what the server has in its environment beside this process's own.
+        check: command line that ends with 0 if what is served may be loaded again.
         state_file: where to write ``state`` and both processes' identity while the server lives.
         state: what ``serve.server.state`` finds there again. The guard itself uses ``shm_prefix``, ``stop_timeout_s``,
-            ``links`` and where HTTP answers.
+            ``links``, ``restarts``, ``models``, ``model_control`` and where HTTP answers.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], state_file: str, state: dict[str, Any]) -> None:
-        self._command, self._environment = command, environment
+    def __init__(
+        self, command: list[str], environment: dict[str, str], check: list[str], state_file: str, state: dict[str, Any]
+    ) -> None:
+        self._command, self._environment, self._check = command, environment, check
         self._state_file = Path(state_file)
         self._state = state
-        self._server = 0
-        self._ending = threading.Event()
+        self._what, self._child = "", 0
         self._status: int | None = None
+        self._was_ready = False
+        self._crashes: list[float] = []
         self._wakeup, write_end = os.pipe()
+        self._watched = [self._wakeup, 0]
         for descriptor in (self._wakeup, write_end):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(write_end)
@@ -173,6 +89,20 @@ class Guard:
 
     def run(self) -> int:
         """Start the server and keep it; returns the exit code."""
+        try:
+            stopped = self._live("tritonserver", self._command)
+            while not stopped and self._may_start_again():
+                stopped = self._start_again()
+        finally:
+            remove_links(self._state["links"])
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                # Another server's state is not this guard's to remove.
+                if json.loads(self._state_file.read_text(encoding="utf-8"))["guard_pid"] == os.getpid():
+                    self._state_file.unlink()
+        return EXIT_STOPPED if stopped else EXIT_SERVER_ENDED
+
+    def _live(self, what: str, command: list[str]) -> bool:
+        """Run a child until it ends (False) or the guard is told to stop (True), and leave nothing of it."""
         me = os.getpid()
 
         def die_with_guard() -> None:
@@ -182,45 +112,89 @@ class Guard:
 
         # This process has one thread, so code between fork and exec is safe.
         process = subprocess.Popen(
-            self._command,
+            command,
             env={**os.environ, **self._environment},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=die_with_guard,
         )
-        self._server = process.pid
+        self._what, self._child, self._status = what, process.pid, None
         try:
             self._write_state()
-            threading.Thread(target=self._release_regions, daemon=True).start()
             stopped = self._keep()
             if stopped:
                 self._stop()
         finally:
             self._sweep()
             process.returncode = self._status
-        return EXIT_STOPPED if stopped else EXIT_SERVER_ENDED
+        return stopped
 
     def _keep(self) -> bool:
-        """Wait until the server has ended (False) or must be stopped (True)."""
-        watched = [self._wakeup, 0]
+        """Wait until the child has ended (False) or must be stopped (True)."""
+        release_at = time.monotonic() + _RELEASE_INTERVAL_S
         while self._status is None:
-            ready, _, _ = select.select(watched, [], [])
-            if 0 in ready:
-                if not os.read(0, 1):
-                    return True
-                watched.remove(0)
-            if self._wakeup in ready and self._take_signals() - {signal.SIGCHLD}:
+            if self._is_told_to_stop(max(0.0, release_at - time.monotonic())):
                 return True
+            if time.monotonic() >= release_at:
+                self._release_regions()
+                release_at = time.monotonic() + _RELEASE_INTERVAL_S
+        return False
+
+    def _is_told_to_stop(self, within_s: float) -> bool:
+        """Wait for the next thing that happens; whether it is the word to stop."""
+        ready, _, _ = select.select(self._watched, [], [], within_s)
+        if 0 in ready:
+            word = os.read(0, 1)
+            if not word:
+                return True
+            self._was_ready = True
+            if word == DETACH:
+                self._watched.remove(0)
+        return self._wakeup in ready and bool(self._take_signals() - {signal.SIGCHLD})
+
+    def _may_start_again(self) -> bool:
+        """Whether a server that was ready once crashed, and has not done so too often."""
+        assert self._status is not None
         if os.WIFSIGNALED(self._status):
             reason = f"by signal {os.WTERMSIG(self._status)}"
         else:
             reason = f"with exit code {os.WEXITSTATUS(self._status)}"
-        sys.stderr.write(f"tritonserver ended {reason}\n")
-        return False
+        sys.stderr.write(f"{self._what} ended {reason}\n")
+        if self._status == 0 or not self._was_ready:
+            return False
+        now = time.monotonic()
+        self._crashes = [then for then in self._crashes if now - then < _CRASHES_WITHIN_S] + [now]
+        if len(self._crashes) > self._state["restarts"]:
+            sys.stderr.write(f"it is not started again: {len(self._crashes)} crashes or failed starts within an hour\n")
+            return False
+        return True
+
+    def _start_again(self) -> bool:
+        """Start the server again, if what it serves passes the check, and keep it until it ends or must be stopped."""
+        self._take_over_models()
+        deadline = time.monotonic() + min(_LONGEST_PAUSE_S, 2.0 ** len(self._crashes) - 2)
+        while (left := deadline - time.monotonic()) > 0:
+            if self._is_told_to_stop(left):
+                return True
+        if self._live("the check before a new start", self._check):
+            return True
+        if self._status:
+            return False
+        sys.stderr.write("tritonserver is started again\n")
+        self._state["restarted"] += 1
+        return self._live("tritonserver", self._command)
+
+    def _take_over_models(self) -> None:
+        """Load again what was loaded while the server ran."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            models = json.loads(self._state_file.read_text(encoding="utf-8"))["models"]
+            if self._state["model_control"] == "explicit":
+                self._command += [f"--load-model={model}" for model in models if model not in self._state["models"]]
+            self._state["models"] = models
 
     def _stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._server, signal.SIGTERM)
+            os.kill(self._child, signal.SIGTERM)
         deadline = time.monotonic() + self._state["stop_timeout_s"]
         while self._status is None and (left := deadline - time.monotonic()) > 0:
             if select.select([self._wakeup], [], [], left)[0]:
@@ -239,49 +213,43 @@ class Guard:
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
-                if pid == self._server:
+                if pid == self._child:
                     self._status = status
                 if pid == 0:
                     return True
         return False
 
     def _sweep(self) -> None:
-        """Leave no process, no segment and no state file."""
-        self._ending.set()
-        kill_group(self._server)
+        """Leave no process and no segment."""
+        kill_group(self._child)
         deadline = time.monotonic() + SWEEP_TIMEOUT_S
         while self._reap() and (left := deadline - time.monotonic()) > 0:
             if select.select([self._wakeup], [], [], left)[0]:
                 os.read(self._wakeup, 1024)
         remove_segments(self._state["shm_prefix"])
-        remove_links(self._state["links"])
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            # Another server's state is not this guard's to remove.
-            if json.loads(self._state_file.read_text(encoding="utf-8"))["guard_pid"] == os.getpid():
-                self._state_file.unlink()
 
     def _release_regions(self) -> None:
-        """Release the shared memory of dead clients now and then, until the server ends."""
-        while not self._ending.wait(_RELEASE_INTERVAL_S):
-            # A server that starts, or has too much to do, answers the next time.
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                key = Path(self._state["admin_key_file"]).read_text(encoding="utf-8").strip()
-                regions = Regions(self._state["http_address"], self._state["http_port"], key)
-                for name, size in regions.release().items():
-                    sys.stderr.write(f"released {name}, {size} bytes that a client left when it was killed\n")
+        """Have the server release the shared memory of dead clients."""
+        # A server that starts, or has too much to do, answers the next time.
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            key = Path(self._state["admin_key_file"]).read_text(encoding="utf-8").strip()
+            regions = Regions(self._state["http_address"], self._state["http_port"], key)
+            for name, size in regions.release().items():
+                sys.stderr.write(f"released {name}, {size} bytes that a client left when it was killed\n")
 
     def _write_state(self) -> None:
         me = os.getpid()
         identity = {
             "guard_pid": me,
             "guard_start": start_ticks(me),
-            "server_pid": self._server,
-            "server_start": start_ticks(self._server),
+            "server_pid": self._child,
+            "server_start": start_ticks(self._child),
         }
         aside = self._state_file.with_suffix(".new")
         aside.write_text(json.dumps({**self._state, **identity}, indent=2) + "\n", encoding="utf-8")
         os.replace(aside, self._state_file)
 
 
-if __name__ == "__main__":
-    sys.exit(Guard(**json.loads(sys.argv[1])).run())
+def main(task: str) -> int:
+    """Keep the server that a JSON object of `Guard`'s arguments describes."""
+    return Guard(**json.loads(task)).run()

@@ -28,6 +28,11 @@ _SEGMENT_PREFIX, _ID_PREFIX, _LINKS_PREFIX = "unet-triton-", "unet-triton-", "un
 # The python backend starts its processes by a line of shell, in which it does not quote these paths.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _TAKEN_PORT = re.compile(r"Socket '.+:(\d+)' already in use")
+_ROOT = Path(__file__).resolve().parents[2]
+# The guard starts without site-packages, and finds this project's own modules all the same.
+_GUARD = (
+    f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from serve.server.guard import main; sys.exit(main(sys.argv[1]))"
+)
 _POLL_S, _METRICS_TIMEOUT_S = 0.05, 2.0
 _LEAST_DISK_BYTES = 1 << 20
 _LOG_TAIL_LINES = 20
@@ -83,6 +88,7 @@ class TritonServer:
             task: dict[str, object] = {"command": command, "environment": argument.environment}
             self._launch(task, installation.environment(), identity, models, key_file)
             self._await_ready(identity.server_id, models, key)
+            self._tell_guard(guard.READY)
         except BaseException:
             self.stop()
             raise
@@ -117,6 +123,7 @@ class TritonServer:
     ) -> None:
         settings = self.settings
         task |= {
+            "check": _check(settings),
             "state_file": str(state_file(settings.state_dir.resolve())),
             "state": {
                 "server_id": identity.server_id,
@@ -133,11 +140,14 @@ class TritonServer:
                 "model_control": settings.model_control,
                 "admin_key_file": str(key_file.resolve()),
                 "public_key": str(settings.require_signature.resolve()) if settings.require_signature else "",
+                "state_dir": str(settings.state_dir.resolve()),
+                "restarts": settings.restarts,
+                "restarted": 0,
             },
         }
         with settings.log.open("wb") as log:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, json.dumps(task)],
+                [sys.executable, "-I", "-S", "-c", _GUARD, json.dumps(task)],
                 env=environment,
                 cwd="/",
                 # The guard stops the server when this pipe ends, and it ends with this process.
@@ -191,7 +201,7 @@ class TritonServer:
         """Wait until the server is stopped by someone else, as by ``python serve/triton.py stop``.
 
         Raises:
-            TritonError: it ended by itself.
+            TritonError: it ended by itself, and is not started again.
         """
         assert self._guard is not None
         if self._guard.wait() != guard.EXIT_STOPPED:
@@ -201,12 +211,19 @@ class TritonServer:
         """Let the server outlive this process: ``stop_kept`` with the same ``state_dir`` stops it."""
         assert self._guard is not None
         assert self._guard.stdin is not None
+        self._tell_guard(guard.DETACH)
         with contextlib.suppress(BrokenPipeError):
-            self._guard.stdin.write(guard.DETACH)
             self._guard.stdin.close()
         self._guard.returncode = 0  # Someone else's from now on.
         self._guard = None
         self._claims.release()
+
+    def _tell_guard(self, word: bytes) -> None:
+        assert self._guard is not None
+        assert self._guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._guard.stdin.write(word)
+            self._guard.stdin.flush()
 
     def stop(self) -> None:
         """End the server and its children, at the latest after ``stop_timeout_s``, and remove their shared memory."""
@@ -226,6 +243,15 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _check(settings: ServerSettings) -> list[str]:
+    """The command line that checks again what is served, before a new start after a crash."""
+    line = [sys.executable, str(_ROOT / "serve" / "triton.py"), "check"]
+    line += ["--model_repository", str(settings.repository.resolve())]
+    if settings.require_signature is not None:
+        line += ["--require_signature", str(settings.require_signature.resolve())]
+    return line
 
 
 def _require_disk(folder: Path) -> None:

@@ -36,6 +36,7 @@ class ServerSettings:
             Triton's HTTP are open to everybody who reaches it. So it stays on this machine, whatever ``address`` is.
         start_timeout_s: longest wait for readiness.
         stop_timeout_s: longest wait for an orderly end, after which the server is killed.
+        restarts: how often within an hour a server that was ready and crashed is started again; 0 leaves it ended.
         model_control: "none", or "explicit": the holder of the admin key can load and unload models.
         admin_key_file: file with that key; by default one in ``state_dir``, made when it is missing.
         tls_cert: PEM file with the server's certificate; gRPC is encrypted then, and HTTP tells health only.
@@ -56,6 +57,7 @@ class ServerSettings:
     http_address: str = setting("127.0.0.1", "of HTTP, which only health needs")
     start_timeout_s: float = setting(120.0, "longest wait for readiness")
     stop_timeout_s: float = setting(30.0, "longest wait for an orderly end")
+    restarts: int = setting(5, "how often within an hour a server that crashed is started again")
     model_control: str = setting("none", "explicit: the admin key loads and unloads", choices=MODEL_CONTROL)
     admin_key_file: Path | None = setting(None, "file with that key; by default one in --state_dir", kind=Path)
     tls_cert: Path | None = setting(None, "PEM certificate for gRPC; HTTP then tells health only", kind=Path)
@@ -74,6 +76,8 @@ class ServerSettings:
         for name in ("start_timeout_s", "stop_timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise TritonError(f"{name} is {getattr(self, name):g}; it must be positive")
+        if self.restarts < 0:
+            raise TritonError(f"restarts is {self.restarts}; it must be 0 or more")
         if self.model_control not in MODEL_CONTROL:
             raise TritonError(f"model_control is {self.model_control}; there are {' and '.join(MODEL_CONTROL)}")
         if self.response_cache_mib < 0:

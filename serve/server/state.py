@@ -14,17 +14,10 @@ from pathlib import Path
 
 from serve.server.addresses import in_url
 from serve.server.claims import lock_state
-from serve.server.guard import (
-    ADMIN_KEY_HEADER,
-    SWEEP_TIMEOUT_S,
-    Regions,
-    kill_group,
-    remove_links,
-    remove_segments,
-    start_ticks,
-)
+from serve.server.guard import SWEEP_TIMEOUT_S, kill_group, remove_links
 from serve.server.install import TritonError
-from unet.files import read_json
+from serve.server.regions import ADMIN_KEY_HEADER, Regions, remove_segments, start_ticks
+from unet.files import read_json, write_json
 
 _STATE_FILE = "server.json"
 _HEALTH_TIMEOUT_S = 2.0
@@ -44,6 +37,8 @@ class ServerState:
         http_address: IP address of HTTP.
         links: folder of links that the server was started with; empty if it needed none.
         public_key: file with the key that must have signed what it loads; empty if none must.
+        state_dir: that it was started with.
+        restarted: how often it crashed and was started again.
     """
 
     guard_pid: int
@@ -64,6 +59,8 @@ class ServerState:
     model_control: str
     admin_key_file: str
     public_key: str = ""
+    state_dir: str = ""
+    restarted: int = 0
 
     @property
     def grpc_url(self) -> str:
@@ -120,6 +117,14 @@ def load_state(state_dir: Path) -> ServerState | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise TritonError(f"{path} is not the state of a server: see with ps what runs, and delete it") from error
+
+
+def note_model(state: ServerState, model: str) -> None:
+    """Note that a server also serves a model, so that it is watched, asked after, and loaded again after a crash."""
+    path = state_file(Path(state.state_dir))
+    values = read_json(path)
+    if state.state_dir and values["server_id"] == state.server_id and model not in values["models"]:
+        write_json(path, {**values, "models": [*values["models"], model]})
 
 
 def server_name(http_address: str, http_port: int, key: str) -> str:

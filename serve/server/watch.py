@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,9 @@ import psutil
 
 from serve.models.backend import BACKEND_CODE_FILE
 from serve.server.control import control_of, require_state
-from serve.server.guard import start_ticks
 from serve.server.install import TritonError
+from serve.server.regions import start_ticks
+from serve.server.state import load_state
 from unet.errors import say
 
 if TYPE_CHECKING:
@@ -38,8 +40,9 @@ class Watcher:
     """
 
     def __init__(self, state_dir: Path, settings: WatchSettings) -> None:
-        self._control, self._state, self._settings = control_of(state_dir), require_state(state_dir), settings
-        self._failed = dict.fromkeys(self._state.models, 0)
+        self._state_dir, self._settings = state_dir, settings
+        self._control, self._state = control_of(state_dir), require_state(state_dir)
+        self._failed: Counter[str] = Counter()
         # The models that the server's children work for, by process number: a dead one no longer tells.
         self._workers: dict[int, str] = {}
 
@@ -60,6 +63,7 @@ class Watcher:
 
     def look(self) -> None:
         """Load again every model of which a process has died, or which failed its canary often enough."""
+        self._look_at_state()
         for model in self._bereaved():
             say(f"a process of {model} has died")
             self._reload(model)
@@ -73,6 +77,16 @@ class Watcher:
             if self._failed[model] >= self._settings.failures:
                 self._reload(model)
         self._workers |= self._living()
+
+    def _look_at_state(self) -> None:
+        """Notice that the server was started again, or serves another model."""
+        state = load_state(self._state_dir)
+        if state is None:  # it is being stopped
+            return
+        if state.server_pid != self._state.server_pid:
+            self._failed.clear()
+            self._workers.clear()
+        self._state = state
 
     def _living(self) -> dict[int, str]:
         """The models by the numbers of the processes that run their code: the code's path is on the command line."""

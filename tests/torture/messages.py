@@ -214,7 +214,8 @@ def right_answer(url: str) -> str:
 def server(folder: Path) -> Iterator[TritonServer]:
     """A running server, which may have died by the end of the block."""
     http, grpc_port, metrics = free_ports(3)
-    settings = ServerSettings(folder / "models", folder / "log", folder / "state", http, grpc_port, metrics)
+    folders = folder / "models", folder / "log", folder / "state"
+    settings = ServerSettings(*folders, http, grpc_port, metrics, restarts=0)
     with TritonServer(settings) as running:
         yield running
 

@@ -121,7 +121,14 @@ def attack(changes: int, *, note: Callable[[str], None] = lambda text: None) -> 
         publish(both[0], folder / "models", ModelSettings(max_batch_size=8))
         http, grpc, metrics = free_ports(3)
         settings = ServerSettings(
-            folder / "models", folder / "triton.log", folder / "state", http, grpc, metrics, model_control="explicit"
+            folder / "models",
+            folder / "triton.log",
+            folder / "state",
+            http,
+            grpc,
+            metrics,
+            model_control="explicit",
+            restarts=0,
         )
         with TritonServer(settings) as server:
             client = _Client(folder, server.settings.grpc_url, found)

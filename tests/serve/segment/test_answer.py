@@ -181,7 +181,7 @@ def other_artefacts(tiny_artefacts: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def server(tiny_artefacts: Path, settings_for: Callable[..., ServerSettings], tmp_path: Path) -> Iterator[TritonServer]:
     publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8))
-    with TritonServer(settings_for(tmp_path / "models", model_control="explicit")) as running:
+    with TritonServer(settings_for(tmp_path / "models", model_control="explicit", restarts=0)) as running:
         yield running
 
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from serve.models.library import arguments_library
-from serve.server.guard import ADMIN_KEY_HEADER
 from serve.server.process import TritonServer
+from serve.server.regions import ADMIN_KEY_HEADER
 from serve.server.settings import admin_key
 
 pytestmark = pytest.mark.skipif(not arguments_library().is_file(), reason="`make install` could not build the library")

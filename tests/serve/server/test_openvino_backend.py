@@ -306,7 +306,7 @@ def test_a_killed_server_is_told_and_starts_again_within_its_cores(
     artefacts: Path, tmp_path: Path, settings_for: MakeSettings
 ) -> None:
     publish(artefacts, tmp_path / "models", ModelSettings())
-    settings = settings_for(tmp_path / "models")
+    settings = settings_for(tmp_path / "models", restarts=0)
     image = noise(3, 1, 204, 204)
     cores = os.sched_getaffinity(0)
     with TritonServer(settings) as server:

@@ -179,7 +179,7 @@ def test_another_server_starts_after_a_guard_was_killed_while_starting(
 def test_a_server_that_ends_by_itself_is_reported(
     command: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    process = command("run")
+    process = command("run", "--restarts", "0")
     first_line(process)
     os.kill(state_of(tmp_path).server_pid, signal.SIGKILL)
     said = finish(process, 2)

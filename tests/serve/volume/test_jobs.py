@@ -200,7 +200,7 @@ def test_servers_that_are_gone_end_the_list(
 ) -> None:
     publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8))
     out = tmp_path / "out"
-    with TritonServer(settings_for(tmp_path / "models")) as server:
+    with TritonServer(settings_for(tmp_path / "models", restarts=0)) as server:
         line = line_for(stacks, server.settings.grpc_url, out, "--resume", "--patience_s", "0.3")
         with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
             while not (out / "a.partial" / "journal.jsonl").exists():

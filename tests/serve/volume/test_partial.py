@@ -73,7 +73,7 @@ def await_pages(folder: Path, count: int, process: subprocess.Popen[str]) -> Non
 def server(tiny_artefacts: Path, settings_for: Callable[..., ServerSettings], tmp_path: Path) -> Iterator[TritonServer]:
     """A server of the test's own, to be killed."""
     publish(tiny_artefacts, tmp_path / "models", ModelSettings(max_batch_size=8))
-    with TritonServer(settings_for(tmp_path / "models")) as running:
+    with TritonServer(settings_for(tmp_path / "models", restarts=0)) as running:
         yield running
 
 

@@ -77,7 +77,8 @@ def loaded_server(layers: int, settings: ModelSettings) -> Iterator[TritonServer
         card.save()
         publish(folder, folder / "models", settings)
         http, grpc, metrics = free_ports(3)
-        where = ServerSettings(folder / "models", folder / "log", folder / "state", http, grpc, metrics)
+        # A crash ends it, so that none goes unnoticed.
+        where = ServerSettings(folder / "models", folder / "log", folder / "state", http, grpc, metrics, restarts=0)
         with TritonServer(where) as server:
             yield server
 
