@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # A log gets a line after so many seconds, however few steps these were.
 SIGN_OF_LIFE_S = 5.0
+# A step whose gradient is not finite is left out, if so many before it were sound: else it is no accident.
+SOUND_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class _Interval:
     """What happened since the last line of the log."""
 
     loss: float = 0.0
+    losses: int = 0
     steps: int = 0
     waited_s: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
@@ -59,7 +62,7 @@ class _Interval:
 
     def report(self, global_batch: int) -> dict[str, float]:
         return {
-            "loss": self.loss / self.steps,
+            "loss": self.loss / self.losses,
             "img_per_s": self.img_per_s(global_batch),
             "input_share": self.waited_s / self.elapsed_s,
         }
@@ -116,12 +119,14 @@ class TrainingLoop:
         self._interval = _Interval()
         self._budget = Budget(self.config, first)
         self._fewer = 0
+        self._sound_steps = 0
 
     def run(self) -> TrainResult:
         """Train.
 
         Raises:
-            TrainError: if the loss or a weight is no number; the last good checkpoint stays as it was.
+            TrainError: if weights, or the losses of several steps, are no numbers; the last good checkpoint stays as it
+                was.
         """
         silent = None if self.cluster.is_first else True
         stopped_by = 0
@@ -150,7 +155,7 @@ class TrainingLoop:
     def _after_step(self, *, last: bool) -> None:
         """Log, validate and save, where it is time to."""
         late = self._interval.elapsed_s > SIGN_OF_LIFE_S
-        if self.cluster.is_first and (self.step % self.config.log_every == 0 or late or last):
+        if self.cluster.is_first and self._interval.losses and (self.step % self.config.log_every == 0 or late or last):
             figures = self._interval.report(self.trainer.global_batch)
             text = "step {} of {}: loss {loss:.4f}, {img_per_s:.2f} img/s, {input_share:.1%} waiting for input"
             self.log.event(self.step, text.format(self.step, self.max_steps, **figures), **figures)
@@ -182,17 +187,29 @@ class TrainingLoop:
         self._fewer = int(shared[3])
         self._budget.took(time.perf_counter() - started)
         mean_loss = float(shared[0]) / self.cluster.size
-        if not np.isfinite(mean_loss):
-            first, size = self.step * self.trainer.global_batch, self.trainer.global_batch
-            indices = {self._windows.slice_index(first + number) for number in range(size)}
-            names = sorted(self._windows.slices[index].name for index in indices)
-            raise TrainError(
-                f"the loss of step {self.step + 1} is {mean_loss} on {', '.join(names)}: lower --learning_rate or look "
-                f"at these slices; {kept(self._checkpoints)}"
-            )
-        self._interval.loss += mean_loss
         self._interval.steps += 1
+        if np.isfinite(mean_loss):
+            self._interval.loss += mean_loss
+            self._interval.losses += 1
+            self._sound_steps += 1
+        else:
+            self._leave_out()
         return mean_loss, signal.SIGINT if shared[2] else signal.SIGTERM if shared[1] else 0
+
+    def _leave_out(self) -> None:
+        """Say that the step changed no weight.
+
+        Raises:
+            TrainError: it is one of several.
+        """
+        first, size = self.step * self.trainer.global_batch, self.trainer.global_batch
+        indices = {self._windows.slice_index(first + number) for number in range(size)}
+        names = ", ".join(sorted(self._windows.slices[index].name for index in indices))
+        what = f"the loss or gradient of step {self.step + 1} is not finite on {names}"
+        if self._sound_steps < SOUND_STEPS:
+            raise TrainError(f"{what}: lower --learning_rate or look at these slices; {kept(self._checkpoints)}")
+        self._sound_steps = 0
+        self.log.event(self.step + 1, f"{what}: the step is left out", left_out=1)
 
     def _fit(self) -> None:
         """Fit the number of steps to the minutes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import tensorflow as tf
 
 from train.errors import TrainError
@@ -100,7 +101,11 @@ class Trainer:
         return [*self.model.variables, *state_of(self.optimizer)]
 
     def step(self, number: int, batch: tuple[tf.Tensor, ...]) -> tf.Tensor:
-        """Run step ``number`` (from 0) on this rank's share of its global batch; its loss on this rank."""
+        """Run step ``number`` (from 0) on this rank's share of its global batch; its loss on this rank.
+
+        Where the gradient is not finite, the weights stay as they are and the loss is NaN. (In float16 Keras'
+        loss scaling does the same, and takes an infinite gradient for a sign that its scale is too large.)
+        """
         self._first_window.assign(number * self.global_batch + self.cluster.rank * self.config.batch_size)
         return self._step(*batch)
 
@@ -114,8 +119,21 @@ class Trainer:
         gradients = tape.gradient(target, self.trained)
         if scales:
             gradients = self.optimizer.get_unscaled_gradients(gradients)
+            self.optimizer.apply_gradients(zip(gradients, self.trained))
+            return loss
+        # The gradients are of all ranks, so all decide alike.
+        sound = tf.math.is_finite(tf.linalg.global_norm(gradients))
+        tf.cond(sound, lambda: self._apply(gradients), lambda: self._count())
+        return tf.where(sound, loss, np.float32(np.nan))
+
+    def _apply(self, gradients: list[tf.Tensor]) -> tf.Tensor:
         self.optimizer.apply_gradients(zip(gradients, self.trained))
-        return loss
+        return self.optimizer.iterations.read_value()
+
+    def _count(self) -> tf.Tensor:
+        """Go on to the next step's learning rate."""
+        self.optimizer.iterations.assign_add(1)
+        return self.optimizer.iterations.read_value()
 
     def synchronise(self) -> None:
         """Give every rank the first rank's model and optimizer."""

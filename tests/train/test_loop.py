@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,13 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tensorflow as tf
 
 from train.config import TrainConfig
 from train.errors import TrainError
+from train.input.split import Data
 from train.input.store import Slice
+from train.loop import TrainingLoop
 from train.model.network import build_unet
+from train.run.cluster import Cluster
 from train.run.folder import Run
-from train.run.log import read_log
+from train.run.log import RunLog, read_log
+from train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
 Fit = Callable[..., list[npt.NDArray[Any]]]
@@ -139,11 +145,43 @@ def test_a_loss_that_is_not_finite_names_its_step_its_slices_and_the_last_good_c
     tiny: Make, fit: Fit, slices: list[Slice]
 ) -> None:
     infinite = dataclasses.replace(slices[0], border=np.full(slices[0].label.shape, np.inf, np.float16))
-    with pytest.raises(TrainError, match=r"loss of step 1 is (inf|nan) on phantom\[0\].*there is no checkpoint yet"):
+    with pytest.raises(TrainError, match=r"of step 1 is not finite on phantom\[0\].*there is no checkpoint yet"):
         fit(tiny(), [infinite])
     fit(tiny(), slices)
-    with pytest.raises(TrainError, match=r"the loss of step 5 is .*the last good checkpoint is .*step-00000004"):
+    with pytest.raises(TrainError, match=r"of step 5 is not finite .*the last good checkpoint is .*step-00000004"):
         fit(tiny(max_steps=8, resume=True), [infinite])
+
+
+def test_one_step_without_a_finite_gradient_is_left_out_and_a_second_one_soon_after_stops_the_run(
+    tiny: Make, slices: list[Slice], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.loop.SOUND_STEPS", 3)
+    config = tiny(max_steps=8, log_every=1)
+    poisoned, changed = {4}, {}
+
+    class Poisoned(Trainer):
+        def step(self, number: int, batch: tuple[tf.Tensor, ...]) -> tf.Tensor:
+            images, labels, costs = batch
+            before = self.model.get_weights()
+            loss = super().step(number, (images, labels, costs * (np.nan if number in poisoned else 1)))
+            changed[number] = any((now != old).any() for now, old in zip(self.model.get_weights(), before))
+            return loss
+
+    def train() -> None:
+        run, trainer = Run(config.model_dir), Poisoned(config, Cluster())
+        with contextlib.closing(RunLog(config.model_dir, active=True)) as log, run.locked():
+            TrainingLoop(trainer, run, log, Data(slices, []), 0).run()
+        assert int(trainer.optimizer.iterations) == 8
+
+    train()
+    assert changed == {number: number != 4 for number in range(8)}
+    said = capsys.readouterr().out
+    assert "loss or gradient of step 5 is not finite on phantom[" in said
+    assert said.count("the step is left out") == 1
+    assert all(np.isfinite(data["loss"]) for _, data in read_log(config.model_dir) if "loss" in data)
+    poisoned.add(6)
+    with pytest.raises(TrainError, match=r"of step 7 is not finite .*last good checkpoint is "):
+        train()
 
 
 @pytest.mark.parametrize("rate", [1e12, 1e4])
@@ -151,7 +189,7 @@ def test_diverged_weights_are_never_saved(tiny: Make, fit: Fit, slices: list[Sli
     """ReLU of NaN is 0, so the loss stays finite: the weights themselves are looked at."""
     fit(tiny(), slices)
     diverging = tiny(max_steps=12, checkpoint_every=1, resume=True, learning_rate=rate)
-    with pytest.raises(TrainError, match=r"(diverged by step|the loss of step).*last good checkpoint is .*step-0"):
+    with pytest.raises(TrainError, match=r"(diverged by step|gradient of step).*last good checkpoint is .*step-0"):
         fit(diverging, slices)
     run, model = Run(diverging.model_dir), build_unet(2)
     run.checkpoints(model=model).restore(partial=True)
