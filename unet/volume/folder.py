@@ -195,7 +195,7 @@ def _look_at(file: Path, limits: Limits) -> tuple[int, int, np.dtype[Any]]:
             return reader.height, reader.width, reader.dtype
     with _open_picture(file) as picture:
         height, width, dtype = picture.height, picture.width, np.dtype(_dtype_of(picture))
-    if height * width > limits.max_pixels_per_page or dtype.name not in limits.dtypes:
+    if height * width > limits.max_pixels_at_once or dtype.name not in limits.dtypes:
         raise StackError(f"{file} is {height} x {width} {dtype}, which is not read: convert it to smaller 8-bit slices")
     return height, width, dtype
 

@@ -18,7 +18,8 @@ class Limits:
 
     Attributes:
         max_pages: slices in a stack.
-        max_pixels_per_page: rows x columns of a slice; 2**30 admits 32k x 32k.
+        max_pixels_per_page: rows x columns of a slice; 2**32 admits 64k x 64k.
+        max_pixels_at_once: of them that can only be decoded together, or are asked for as a whole slice.
         dtypes: pixel formats.
         finite: refuse floating-point slices with values that are no finite numbers, once they are read.
         usual: data sets that are meant in a file with several.
@@ -26,7 +27,8 @@ class Limits:
     """
 
     max_pages: int = 100_000
-    max_pixels_per_page: int = 2**30
+    max_pixels_per_page: int = 2**32
+    max_pixels_at_once: int = 2**30
     dtypes: tuple[str, ...] = INTENSITY_DTYPES
     finite: bool = False
     usual: tuple[str, ...] = ("volumes/raw",)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unet.files import sha256_of
+from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,11 +78,24 @@ class Volume(ABC):
         if not 0 <= page < self.pages:
             raise IndexError(f"{self.path} has {self.pages} pages; there is no page {page}")
 
+    def check_whole(self, limits: Limits) -> None:
+        """Refuse to read a whole slice that is too large for the memory of most machines.
+
+        Raises:
+            StackError: saying so.
+        """
+        if self.height * self.width > limits.max_pixels_at_once:
+            raise StackError(
+                f"{self.path} has slices of {self.height} x {self.width} pixels, and here they are read whole, up to "
+                f"{limits.max_pixels_at_once} pixels: cut the slices into smaller ones"
+            )
+
     def __len__(self) -> int:
         return self.pages
 
     def __getitem__(self, page: int) -> npt.NDArray[Any]:
         """Slice ``page``, [height, width], counted from 0; errors as those of ``rows``."""
+        self.check_whole(IMAGE_LIMITS)
         return self.rows(page, 0, self.height)
 
     def __iter__(self) -> Iterator[npt.NDArray[Any]]:

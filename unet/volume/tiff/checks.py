@@ -11,6 +11,7 @@ import numpy as np
 import tifffile
 
 from unet.volume.limits import Limits, StackError
+from unet.volume.tiff.segments import segment_height
 
 # What tifffile raises on damaged headers, directories and tags.
 DAMAGE = (
@@ -72,6 +73,12 @@ def check_page(path: Path, index: int, page: Any, limits: Limits) -> None:
         raise StackError(
             f"{where} declares {height} x {width} pixels, more than the {limits.max_pixels_per_page} that are read: "
             "cut the slices into smaller ones"
+        )
+    at_once = max(width, int(page.tilewidth)) * segment_height(page)
+    if page.compression != 1 and at_once > limits.max_pixels_at_once:
+        raise StackError(
+            f"{where} has compressed strips or tiles of {at_once} pixels in a row, more than the "
+            f"{limits.max_pixels_at_once} that are decoded at once: save it uncompressed, or in smaller tiles"
         )
     if page.dtype is None or page.bitspersample not in (1, 8 * np.dtype(page.dtype).itemsize):
         raise StackError(f"{where} has packed {page.bitspersample}-bit pixels: convert the stack to 8- or 16-bit grey")

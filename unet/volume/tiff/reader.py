@@ -5,9 +5,11 @@ What a file declares (size, number of pages, bit depth, where its pixels lie) is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from unet.volume.limits import IMAGE_LIMITS, Limits, StackError
 from unet.volume.metadata import read_metadata
 from unet.volume.tiff.checks import DAMAGE, check_page, damaged, open_tiff, unreadable_compression
 from unet.volume.tiff.layout import layout_of
+from unet.volume.tiff.segments import Segments
 from unet.volume.volume import Volume
 
 AnyArray = npt.NDArray[Any]
+# Larger pages are decoded by their strips or tiles.
+_WHOLE_PX = 2**24
 
 # Its warnings about damaged files say in several lines what the checks here say in one sentence.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -52,6 +57,7 @@ class StackReader(Volume):
         self._opened = os.fstat(self._file.filehandle.fileno())
         self._fingerprint: dict[str, Any] = {}
         self._decoded: tuple[int, AnyArray] | None = None
+        self._segments: tuple[int, Segments] | None = None
         try:
             self._check(limits)
         except StackError:
@@ -108,24 +114,43 @@ class StackReader(Volume):
             StackError: if its pixels cannot be decoded, or hold a value that is not a finite number.
         """
         self.check_page(index)
+        self.check_whole(self._limits)
+        with self._decoding(index):
+            page = self._checked(index, self._decode(index))
+        if page.shape != (self.height, self.width):
+            raise damaged(self.path)
+        return self._bright(index, page)
+
+    @contextlib.contextmanager
+    def _decoding(self, index: int) -> Iterator[None]:
+        """Name the page whose pixels a codec cannot decode."""
         try:
-            page = np.ascontiguousarray(self._decode(index), dtype=self.dtype)
+            yield
+        except StackError:
+            raise
         except ImportError as error:
             where = f"page {index} of {self.path}"
             raise unreadable_compression(where, self._file.pages[self._directories[index]]) from error
         except Exception as error:  # each codec fails in its own way
             raise StackError(f"page {index} of {self.path} is damaged ({error}): copy or download it again") from error
-        if page.shape != (self.height, self.width):
-            raise damaged(self.path)
-        if self._limits.finite and page.dtype.kind == "f" and not np.isfinite(page).all():
+
+    def _checked(self, index: int, decoded: AnyArray) -> AnyArray:
+        pixels = np.ascontiguousarray(decoded, dtype=self.dtype)
+        if self._limits.finite and pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise StackError(f"page {index} of {self.path} has values that are no finite numbers: write it again")
-        return self._bright(index, page)
+        return pixels
+
+    def _segments_of(self, index: int) -> Segments:
+        if self._segments is None or self._segments[0] != index:
+            self._segments = index, Segments(self._file.pages[self._directories[index]])
+        return self._segments[1]
 
     def rows(self, index: int, row0: int, row1: int) -> AnyArray:
         """Rows ``row0`` to ``row1`` of slice ``index``.
 
-        Of a page whose pixels lie uncompressed in one piece only these are read; another is decoded whole and kept
-        until the next one is asked for.
+        Of a page whose pixels lie uncompressed in one piece only these are read. Of another one that is large, only the
+        strips or tiles that hold them are decoded; a small one is decoded whole, which is quicker, and kept until the
+        next one is asked for.
 
         Raises:
             IndexError: if there is no such slice.
@@ -133,6 +158,9 @@ class StackReader(Volume):
         """
         self.check_page(index)
         offset = self._plain_offset(index)
+        if offset is None and self.height * self.width > _WHOLE_PX:
+            with self._decoding(index):
+                return self._bright(index, self._checked(index, self._segments_of(index).rows(row0, row1)))
         if offset is None:
             if self._decoded is None or self._decoded[0] != index:
                 self._decoded = None  # before the next one takes its memory
@@ -205,5 +233,5 @@ class StackReader(Volume):
 
     def close(self) -> None:
         """Close the file, and let go of what was decoded of it."""
-        self._decoded = None
+        self._decoded = self._segments = None
         self._file.close()
