@@ -21,6 +21,7 @@ from train.input.dataset import windows_of
 from train.model.schedule import Budget
 from train.run.folder import kept, require_sound
 from train.scoring import Tally, tally
+from unet.errors import stopping_signals
 from unet.volume.overlay import membrane_overlay
 
 if TYPE_CHECKING:
@@ -69,13 +70,16 @@ class _Interval:
 
 
 class _StopRequest:
-    """Remembers a SIGTERM or Ctrl-C until the step boundary; a second Ctrl-C does not wait."""
+    """Remembers until the step boundary that the run is to stop; a second Ctrl-C does not wait.
+
+    A closed terminal counts as a SIGTERM.
+    """
 
     def __init__(self) -> None:
         self.asked = 0
 
     def __enter__(self) -> _StopRequest:
-        self._former = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._former = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *stopping_signals())}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,7 +89,7 @@ class _StopRequest:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.asked == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = signum
+        self.asked = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
 
 
 class TrainingLoop:

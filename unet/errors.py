@@ -21,7 +21,8 @@ from unet.machine import limit_threads
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+# And the number of the signal, as a shell has it.
+_SIGNALLED = 128
 
 # What a write says when nobody reads the output any more: a closed pipe, a closed terminal, a closed connection.
 _READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ESHUTDOWN})
@@ -59,8 +60,23 @@ class UnetError(Exception):
         super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST * 2 // 3]} ... {line[-_LONGEST // 3 :]}")
 
 
+def stopping_signals() -> list[signal.Signals]:
+    """The signals that tell a process to end in order: SIGTERM, and the SIGHUP of a terminal that was closed.
+
+    The second is left out where `nohup`, or a system that has none, says so.
+    """
+    known = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _unwind_when_stopped() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in stopping_signals():
+            signal.signal(number, _terminate)
+
+
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)
+    raise SystemExit(_SIGNALLED + signum)
 
 
 class _Output(io.TextIOWrapper):
@@ -140,7 +156,8 @@ def command(main: Main) -> Callable[..., int]:
     went. Its libraries start no more threads than the container's quota has cores.
 
     ``UnetError``, a library that an extra brings, a fault of a disk and other operating-system errors that name a file
-    give exit code 2; Ctrl-C gives 130; SIGTERM unwinds the stack, so that ``finally`` blocks run, and gives 143.
+    give exit code 2; Ctrl-C gives 130; SIGTERM and a closed terminal unwind the stack, so that ``finally`` blocks run,
+    and give 143 and 129.
     Anything else is a bug in the program and keeps its traceback.
     """
 
@@ -152,8 +169,7 @@ def command(main: Main) -> Callable[..., int]:
         _json_fields = None
         _secure_output()
         limit_threads()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
+        _unwind_when_stopped()
         try:
             return main(argv)
         except UnetError as error:

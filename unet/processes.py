@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 GRACE_S = 30.0
+_HELD = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -53,14 +54,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block is done."""
+    """Hold Ctrl-C, SIGTERM and the SIGHUP of a closed terminal back until the block is done."""
     held: list[int] = []
 
     def hold(signum: int, frame: FrameType | None) -> None:
         held.append(signum)
 
     try:
-        former = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What `nohup` has a process ignore stays ignored.
+        numbers = [number for number in _HELD if signal.getsignal(number) is not signal.SIG_IGN]
+        former = {number: signal.signal(number, hold) for number in numbers}
     except ValueError:  # not the main thread, which alone gets signals
         yield
         return

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -285,6 +286,27 @@ def test_the_lock_ends_with_its_holder_and_its_leftovers_with_the_next_export(tm
     with sole_writer(tmp_path / "out"), atomic_directory(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGINT,), (signal.SIGINT,) * 2])
+@pytest.mark.parametrize("at", ["parameters", "float16 ends"])
+def test_an_export_that_is_stopped_leaves_the_former_one_and_nothing_else(
+    at: str, numbers: tuple[signal.Signals, ...], artefacts: Path, model_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "artefacts"
+    shutil.copytree(artefacts, out)
+    before = sha256_of(out)
+    line = [sys.executable, "export/main.py", "--model_dir", model_dir, "--out", out, "--data_dir", data_dir, *SIZES]
+    with subprocess.Popen(list(map(str, line)), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while at not in process.stdout.readline():
+            assert process.poll() is None
+        for number in numbers:
+            process.send_signal(number)
+        process.stdout.read()
+    assert process.returncode == 128 + numbers[0]
+    assert sha256_of(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_an_export_whose_reader_went_away_writes_everything(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:

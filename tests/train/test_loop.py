@@ -114,7 +114,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tiny: Make, line
         assert_same(one, other, atol=1e-6)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_at_the_step_boundary(tiny: Make, line: Line, number: signal.Signals, code: int) -> None:
     config = tiny(max_steps=100_000, log_every=1)
     with subprocess.Popen(line(config), stdout=subprocess.PIPE, text=True) as process:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 
 from unet.errors import UnetError, command, say
 from unet.files import naming
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def failing(error: BaseException) -> int:
@@ -96,7 +99,8 @@ def test_standard_output_on_a_full_disk_is_one_sentence() -> None:
     ]
 
 
-def test_sigterm_runs_the_cleaning_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_stop_runs_the_cleaning_up(number: signal.Signals) -> None:
     code = (
         "import signal, sys\nfrom unet.errors import command, say\n@command\ndef main(argv=None):\n"
         "    try:\n        say('here')\n        signal.pause()\n    finally:\n        say('cleaned')\nsys.exit(main())"
@@ -104,9 +108,52 @@ def test_sigterm_runs_the_cleaning_up(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
         assert process.stdout.read() == "cleaned\n"
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
+
+
+CLOSED = """
+import signal, sys
+from pathlib import Path
+from unet.errors import command, say
+from unet.processes import signals_held_back
+
+@command
+def main(argv=None):
+    try:
+        with signals_held_back():
+            say("here")
+            signal.sigtimedwait([signal.SIGUSR1], 60)
+        say("after the signal")
+        Path(sys.argv[1]).write_text("finished")
+    finally:
+        say("cleaned")
+        Path(sys.argv[2]).touch()
+
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_ends_a_command_in_order_unless_nohup_started_it(nohup: bool, tmp_path: Path) -> None:
+    finished, cleaned = tmp_path / "finished", tmp_path / "cleaned"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.environ["PYTHONPATH"] = str(ROOT)
+        words = [*(["nohup"] if nohup else []), sys.executable, "-c", CLOSED, str(finished), str(cleaned)]
+        os.execvp(words[0], words)
+    said, output = b"", tmp_path / "nohup.out"
+    while b"here" not in said:
+        said = output.read_bytes() if nohup and output.exists() else said + os.read(terminal, 1000)
+    os.close(terminal)  # the system sends SIGHUP, and what is written from now on is an error
+    os.kill(pid, signal.SIGUSR1)
+    status = os.waitpid(pid, 0)[1]
+    assert cleaned.exists()
+    assert finished.exists() == nohup
+    assert os.waitstatus_to_exitcode(status) == (0 if nohup else 128 + signal.SIGHUP)
 
 
 WORK = """

@@ -443,7 +443,7 @@ def test_a_server_that_stops_answering_costs_nothing_that_was_found(
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "volume-probability.tif"), expected(images))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_client_leaves_no_shared_memory(url: str, number: int) -> None:
     code = (
         "import sys, numpy as np; from serve.client import Segmenter; from unet.errors import command\n"
@@ -467,7 +467,7 @@ def test_an_interrupted_client_leaves_no_shared_memory(url: str, number: int) ->
             process.communicate(timeout=120)
         finally:
             process.kill()
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[signal.Signals(number)]
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert our_segments() == set()
     if number != signal.SIGKILL:
         assert not [name for name in registered(url) if name.startswith(mine)]
