@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 # A log gets a line after so many seconds, however few steps these were.
 SIGN_OF_LIFE_S = 5.0
-# A step whose gradient is not finite is left out, if so many before it were sound: else it is no accident.
-SOUND_STEPS = 100
+# How often a step is computed whose gradient is not finite. On processors with AMX, oneDNN's gradient of some kernels
+# reads memory that nobody wrote, times 0: that is no number where a NaN was left there, and right the next time.
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class _Interval:
     """What happened since the last line of the log."""
 
     loss: float = 0.0
-    losses: int = 0
     steps: int = 0
     waited_s: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
@@ -63,7 +63,7 @@ class _Interval:
 
     def report(self, global_batch: int) -> dict[str, float]:
         return {
-            "loss": self.loss / self.losses,
+            "loss": self.loss / self.steps,
             "img_per_s": self.img_per_s(global_batch),
             "input_share": self.waited_s / self.elapsed_s,
         }
@@ -123,14 +123,12 @@ class TrainingLoop:
         self._interval = _Interval()
         self._budget = Budget(self.config, first)
         self._fewer = 0
-        self._sound_steps = 0
 
     def run(self) -> TrainResult:
         """Train.
 
         Raises:
-            TrainError: if weights, or the losses of several steps, are no numbers; the last good checkpoint stays as it
-                was.
+            TrainError: if the loss or a weight is no number; the last good checkpoint stays as it was.
         """
         silent = None if self.cluster.is_first else True
         stopped_by = 0
@@ -159,7 +157,7 @@ class TrainingLoop:
     def _after_step(self, *, last: bool) -> None:
         """Log, validate and save, where it is time to."""
         late = self._interval.elapsed_s > SIGN_OF_LIFE_S
-        if self.cluster.is_first and self._interval.losses and (self.step % self.config.log_every == 0 or late or last):
+        if self.cluster.is_first and (self.step % self.config.log_every == 0 or late or last):
             figures = self._interval.report(self.trainer.global_batch)
             text = "step {} of {}: loss {loss:.4f}, {img_per_s:.2f} img/s, {input_share:.1%} waiting for input"
             self.log.event(self.step, text.format(self.step, self.max_steps, **figures), **figures)
@@ -183,37 +181,35 @@ class TrainingLoop:
         started = time.perf_counter()
         batch = next(self._batches)
         self._interval.waited_s += time.perf_counter() - started
-        loss = self.trainer.step(self.step, batch)
         signals = [float(asked == signal.SIGTERM), float(asked == signal.SIGINT)]
         timed = self.cluster.is_first and self.config.max_minutes > 0
         fewer = float(self._budget.fewer(self.step, self.max_steps) or 0) if timed else 0.0
-        shared = self.cluster.sum(tf.stack([loss, *signals, fewer]), name="step_outcome").numpy()
+        for tries in range(1, TRIES + 1):
+            loss = self.trainer.step(self.step, batch)
+            shared = self.cluster.sum(tf.stack([loss, *signals, fewer]), name="step_outcome").numpy()
+            if np.isfinite(shared[0]):
+                break
+            self._say_unsound(tries)
         self._fewer = int(shared[3])
         self._budget.took(time.perf_counter() - started)
         mean_loss = float(shared[0]) / self.cluster.size
+        self._interval.loss += mean_loss
         self._interval.steps += 1
-        if np.isfinite(mean_loss):
-            self._interval.loss += mean_loss
-            self._interval.losses += 1
-            self._sound_steps += 1
-        else:
-            self._leave_out()
         return mean_loss, signal.SIGINT if shared[2] else signal.SIGTERM if shared[1] else 0
 
-    def _leave_out(self) -> None:
-        """Say that the step changed no weight.
+    def _say_unsound(self, tries: int) -> None:
+        """Say that a step gave no finite gradient and is computed again.
 
         Raises:
-            TrainError: it is one of several.
+            TrainError: it has been tried often enough.
         """
         first, size = self.step * self.trainer.global_batch, self.trainer.global_batch
         indices = {self._windows.slice_index(first + number) for number in range(size)}
         names = ", ".join(sorted(self._windows.slices[index].name for index in indices))
         what = f"the loss or gradient of step {self.step + 1} is not finite on {names}"
-        if self._sound_steps < SOUND_STEPS:
+        if tries == TRIES:
             raise TrainError(f"{what}: lower --learning_rate or look at these slices; {kept(self._checkpoints)}")
-        self._sound_steps = 0
-        self.log.event(self.step + 1, f"{what}: the step is left out", left_out=1)
+        self.log.event(self.step + 1, f"{what}: it is computed again", computed_again=tries)
 
     def _fit(self) -> None:
         """Fit the number of steps to the minutes.

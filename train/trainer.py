@@ -103,8 +103,8 @@ class Trainer:
     def step(self, number: int, batch: tuple[tf.Tensor, ...]) -> tf.Tensor:
         """Run step ``number`` (from 0) on this rank's share of its global batch; its loss on this rank.
 
-        Where the gradient is not finite, the weights stay as they are and the loss is NaN. (In float16 Keras'
-        loss scaling does the same, and takes an infinite gradient for a sign that its scale is too large.)
+        Where the gradient is not finite, nothing changes and the loss is NaN. (In float16 Keras' loss scaling leaves
+        the weights alone, and takes an infinite gradient for a sign that its scale is too large.)
         """
         self._first_window.assign(number * self.global_batch + self.cluster.rank * self.config.batch_size)
         return self._step(*batch)
@@ -123,16 +123,11 @@ class Trainer:
             return loss
         # The gradients are of all ranks, so all decide alike.
         sound = tf.math.is_finite(tf.linalg.global_norm(gradients))
-        tf.cond(sound, lambda: self._apply(gradients), lambda: self._count())
+        tf.cond(sound, lambda: self._apply(gradients), self.optimizer.iterations.read_value)
         return tf.where(sound, loss, np.float32(np.nan))
 
     def _apply(self, gradients: list[tf.Tensor]) -> tf.Tensor:
         self.optimizer.apply_gradients(zip(gradients, self.trained))
-        return self.optimizer.iterations.read_value()
-
-    def _count(self) -> tf.Tensor:
-        """Go on to the next step's learning rate."""
-        self.optimizer.iterations.assign_add(1)
         return self.optimizer.iterations.read_value()
 
     def synchronise(self) -> None:
