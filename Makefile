@@ -164,7 +164,6 @@ torture: install  ## damaged files and requests, faults of disk and network, kil
 	@$(BIN)/python -m tests.torture.faults.campaign --out torture.md
 	@$(BIN)/python -m tests.torture.kills --kills 300 --ranks 20 --out torture.md
 	@$(BIN)/python -m tests.torture.network --runs 300 --out torture.md
-	@$(BIN)/python -m tests.torture.clock --jumps 50 --trainings 10 --out torture.md
 	@$(BIN)/python -m tests.torture.publishing --changes 100 --out torture.md
 	@$(BIN)/python -m tests.torture.messages --inputs 20000 --out torture.md
 	@$(BIN)/python -m tests.torture.load --minutes 5 --inferences 100000 --kills 1000 --out torture.md

@@ -120,7 +120,12 @@ class Windows:
         numbers = tf.data.Dataset.range(first, np.iinfo(np.int64).max, stride).flat_map(
             lambda start: tf.data.Dataset.range(start, start + batch_size)
         )
-        return numbers.map(cut, num_parallel_calls=threads).batch(batch_size, drop_remainder=True).prefetch(4)
+        # Nothing is left to tune, and the thread that would tune sleeps by the wall clock: a run whose clock was set back
+        # by an hour waited for it for an hour at its end.
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        batches = numbers.map(cut, num_parallel_calls=threads).batch(batch_size, drop_remainder=True)
+        return batches.prefetch(4).with_options(options)
 
 
 def _read(plane: npt.NDArray[Any], mapped: npt.NDArray[np.float32], *, brightness: bool = False) -> npt.NDArray[Any]:

@@ -197,6 +197,12 @@ def test_ranks_share_the_stream_without_overlap(slices: list[Slice]) -> None:
             np.testing.assert_array_equal(next(batches)[0].numpy(), expected[rank * 2 : rank * 2 + 2])
 
 
+def test_no_thread_sleeps_by_the_wall_clock(slices: list[Slice]) -> None:
+    """That of TensorFlow's autotuning does, and a run waits for it at its end, however far the clock was set back."""
+    batches = Windows(slices, 188, Augmentation(), seed=0).batches(0, 1, 1)
+    assert batches.options().autotune.enabled is False
+
+
 def test_missing_data_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no training stack in"):
         find_pairs(tmp_path)
