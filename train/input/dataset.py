@@ -120,8 +120,8 @@ class Windows:
         numbers = tf.data.Dataset.range(first, np.iinfo(np.int64).max, stride).flat_map(
             lambda start: tf.data.Dataset.range(start, start + batch_size)
         )
-        # Nothing is left to tune, and the thread that would tune sleeps by the wall clock: a run whose clock was set back
-        # by an hour waited for it for an hour at its end.
+        # Nothing is left to tune, and the thread that would tune sleeps by the wall clock: a run whose clock was set
+        # back waited at its end until the clock had caught up.
         options = tf.data.Options()
         options.autotune.enabled = False
         batches = numbers.map(cut, num_parallel_calls=threads).batch(batch_size, drop_remainder=True)
