@@ -75,7 +75,7 @@ class Guard:
         self._state = state
         self._what, self._child = "", 0
         self._status: int | None = None
-        self._was_ready = False
+        self._was_ready = self._told = False
         self._crashes: list[float] = []
         self._wakeup, write_end = os.pipe()
         self._watched = [self._wakeup, 0]
@@ -141,7 +141,7 @@ class Guard:
         return False
 
     def _is_told_to_stop(self, within_s: float) -> bool:
-        """Wait for the next thing that happens; whether it is the word to stop."""
+        """Wait for the next thing that happens; whether the word to stop has come."""
         ready, _, _ = select.select(self._watched, [], [], within_s)
         if 0 in ready:
             word = os.read(0, 1)
@@ -150,7 +150,9 @@ class Guard:
             self._was_ready = True
             if word == DETACH:
                 self._watched.remove(0)
-        return self._wakeup in ready and bool(self._take_signals() - {signal.SIGCHLD})
+        if self._wakeup in ready:
+            self._take_signals()
+        return self._told
 
     def _may_start_again(self) -> bool:
         """Whether a server that was ready once crashed, and has not done so too often."""
@@ -172,7 +174,7 @@ class Guard:
     def _start_again(self) -> bool:
         """Start the server again, if what it serves passes the check, and keep it until it ends or must be stopped."""
         self._take_over_models()
-        deadline = time.monotonic() + min(_LONGEST_PAUSE_S, 2.0 ** len(self._crashes) - 2)
+        deadline = time.monotonic() + min(_LONGEST_PAUSE_S, 2.0 ** min(len(self._crashes), 10) - 2)
         while (left := deadline - time.monotonic()) > 0:
             if self._is_told_to_stop(left):
                 return True
@@ -202,11 +204,10 @@ class Guard:
         if self._status is None:
             sys.stderr.write(f"tritonserver did not stop within {self._state['stop_timeout_s']:g} s and is killed\n")
 
-    def _take_signals(self) -> set[int]:
-        """The signals that came, after reaping every child that ended."""
-        numbers = set(os.read(self._wakeup, 1024))
+    def _take_signals(self) -> None:
+        """Note whether one of the signals that came tells to stop, and reap every child that ended."""
+        self._told |= bool(set(os.read(self._wakeup, 1024)) - {signal.SIGCHLD})
         self._reap()
-        return numbers
 
     def _reap(self) -> bool:
         """Collect the children that ended; returns whether any are left."""
@@ -225,7 +226,7 @@ class Guard:
         deadline = time.monotonic() + SWEEP_TIMEOUT_S
         while self._reap() and (left := deadline - time.monotonic()) > 0:
             if select.select([self._wakeup], [], [], left)[0]:
-                os.read(self._wakeup, 1024)
+                self._take_signals()
         remove_segments(self._state["shm_prefix"])
 
     def _release_regions(self) -> None:

@@ -26,6 +26,7 @@ from train.model.network import build_unet
 from train.run.cluster import Cluster
 from train.run.folder import Run
 from train.run.log import RunLog, read_log
+from train.scoring import Tally
 from train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
@@ -211,6 +212,20 @@ def test_the_best_weights_are_kept_and_not_the_last(tiny: Make, fit: Fit, slices
     # A run never resumes from before its best weights.
     saved = [path.name for path in (Path(config.model_dir) / "checkpoints").glob("step-*")]
     assert f"step-{facts['step']:08d}" in saved
+
+
+@pytest.mark.parametrize(("patience", "compared"), [(0, range(8, 11)), (100, range(1, 11))])
+def test_under_a_cosine_the_weights_that_have_settled_are_compared(
+    patience: int, compared: range, tiny: Make, fit: Fit, slices: list[Slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where each validation finds worse weights than the one before."""
+    falling = iter(range(10, 0, -1))
+    monkeypatch.setattr(Tally, "order", lambda self, threshold: float(next(falling)))
+    config = tiny(max_steps=10, evaluate_every=1, lr_schedule="cosine", patience=patience, validation_share=0.2)
+    fit(config, slices[1:], slices[:1])
+    newest = Run(config.model_dir).best().newest
+    assert newest is not None
+    assert newest[1]["step"] == compared[0]
 
 
 def test_a_run_ends_when_it_has_waited_long_enough_for_better_weights(

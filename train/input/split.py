@@ -111,12 +111,11 @@ def split_stack(name: str, slices: int, height: int, fold: int, validation_share
     """
     if slices >= FOLDS:
         held_out = tuple(fold_of(slices, fold)) if fold >= 0 else ()
-        left = slices - len(held_out)
-        count = max(1, round(validation_share * left)) if validation_share > 0 else 0
-        # Before the fold, or after it if there is no room; at the end of the stack if there is no fold.
-        start = (held_out[0] if held_out else slices) - count
-        start = start if start >= 0 else held_out[-1] + 1
-        return StackSplit(Part(held_out), Part(tuple(range(start, min(slices, start + count)))))
+        left = [page for page in range(slices) if page not in held_out]
+        count = max(1, round(validation_share * len(left))) if validation_share > 0 else 0
+        # Spread over the stack: neighbours alone, which look alike, choose other weights and another threshold.
+        validation = tuple(left[(2 * place + 1) * len(left) // (2 * count)] for place in range(count))
+        return StackSplit(Part(held_out), Part(validation))
     pages = tuple(range(slices))
     rows = fold_of(height, fold) if fold >= 0 else range(height, height)
     if fold >= 0 and (len(rows) < _LEAST_ROWS or trained_rows(height, rows, range(0)) < _LEAST_TRAINED_SHARE * height):
