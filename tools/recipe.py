@@ -7,8 +7,8 @@ from pathlib import Path
 
 from train.input.fitting import RECIPE
 
-# Of a stack of 30 slices, fold 4 is slices 24 to 29. Two of the others validate: slices that are trained on choose a wrong
-# threshold. One process with two windows a step is faster on one machine than two ranks with one window each.
+# Of a stack of 30 slices, fold 4 is slices 24 to 29. Two of the others validate: slices that are trained on choose a
+# wrong threshold. One process with two windows a step is faster on one machine than two ranks with one window each.
 FLAGS = {
     **{name: "" if value is True else str(value) for name, value in RECIPE.items()},
     "crossvalidation_idx": "4",
