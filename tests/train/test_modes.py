@@ -37,7 +37,7 @@ def test_a_run_is_scored_on_what_it_held_out_at_the_threshold_that_validation_ch
     assert record["v_rand_at_threshold"] == pytest.approx(held_out["v_rand"])
     assert record["dice"] == pytest.approx(held_out["dice"])
     # The threshold is the best one of the validation slice, and not of the slice that is scored.
-    assert tally(make_predictor(model), [slices[3]]).best_threshold == record["threshold"]
+    assert tally(make_predictor(model), [slices[2]]).best_threshold == record["threshold"]
 
 
 def test_the_saved_model_has_no_code_of_keras(trained: Path) -> None:

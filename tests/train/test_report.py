@@ -147,7 +147,7 @@ def test_a_run_without_held_out_slices_says_so(trained: Path, tmp_path: Path) ->
     rewrite_record(folder, held_out={})
     text = report_of(folder, tmp_path / "report.html")
     assert "The run held no slices out. These are its validation slices" in text
-    assert "train-volume.tif[3]" in text
+    assert "train-volume.tif[2]" in text
     rewrite_record(folder, validation={})
     text = report_of(folder, tmp_path / "report.html")
     assert "train with --crossvalidation_idx" in text

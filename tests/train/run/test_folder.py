@@ -128,7 +128,7 @@ def test_a_run_fitted_to_a_budget_keeps_its_steps(trained: Path, tmp_path: Path)
 def test_the_trained_run_says_what_its_saved_model_is(trained: Path) -> None:
     record = json.loads((trained / "config.json").read_text())
     assert record["held_out"] == {"train-volume.tif": [4]}
-    assert record["validation"] == {"train-volume.tif": [3]}
+    assert record["validation"] == {"train-volume.tif": [2]}
     assert record["trained"]["weights"] == "best"
     assert record["trained"]["threshold_from"] == "validation"
     assert Run(trained).threshold == record["trained"]["threshold"]
