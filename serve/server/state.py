@@ -121,9 +121,11 @@ def load_state(state_dir: Path) -> ServerState | None:
 
 def note_model(state: ServerState, model: str) -> None:
     """Note that a server also serves a model, so that it is watched, asked after, and loaded again after a crash."""
+    if not state.state_dir:  # an older release started it
+        return
     path = state_file(Path(state.state_dir))
     values = read_json(path)
-    if state.state_dir and values["server_id"] == state.server_id and model not in values["models"]:
+    if values["server_id"] == state.server_id and model not in values["models"]:
         write_json(path, {**values, "models": [*values["models"], model]})
 
 

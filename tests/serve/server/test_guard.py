@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from serve.server.control import control_of
 from serve.server.install import TritonError
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings, WatchSettings
-from serve.server.state import ServerState, load_state
+from serve.server.state import ServerState, load_state, note_model
 from serve.server.watch import Watcher
 from serve.triton import main
 from tests.serve.server.conftest import MakeSettings, finish, first_line, infer, segments, until
@@ -183,6 +184,14 @@ def test_a_model_that_was_loaded_meanwhile_is_watched_and_loaded_again(
             control_of(settings.state_dir).canary(model, 30)
         watcher.look()
         assert {psutil.Process(pid).ppid() for pid in watcher._workers} == {server.pid}
+
+
+def test_a_server_of_an_older_release_takes_models_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state does not say which folder it is in."""
+    monkeypatch.chdir(tmp_path)
+    known = {field.name: "" for field in dataclasses.fields(ServerState)}
+    note_model(ServerState(**known), "later")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_start_is_tried_without_end(tmp_path: Path) -> None:
