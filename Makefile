@@ -162,7 +162,7 @@ torture: install  ## damaged files and requests, faults of disk and network, kil
 	@$(BIN)/python -m tests.torture.fuzz --inputs 100000 --out torture.md
 	@$(BIN)/python -m tests.torture.artefacts --inputs 10000 --out torture.md
 	@$(BIN)/python -m tests.torture.faults.campaign --out torture.md
-	@$(BIN)/python -m tests.torture.kills --kills 300 --ranks 20 --out torture.md
+	@$(BIN)/python -m tests.torture.kills --kills 300 --out torture.md
 	@$(BIN)/python -m tests.torture.network --runs 300 --out torture.md
 	@$(BIN)/python -m tests.torture.publishing --changes 100 --out torture.md
 	@$(BIN)/python -m tests.torture.messages --inputs 20000 --out torture.md

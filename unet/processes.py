@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +22,14 @@ if TYPE_CHECKING:
     from types import FrameType
 
 GRACE_S = 30.0
+# Has the system send SIGTERM when the parent dies, by PR_SET_PDEATHSIG, and becomes the program. A preexec_fn would be
+# no place for it: of a parent with several threads, as TensorFlow's, it may never return.
+_TETHER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[3:])
+"""
 _HELD = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -28,22 +39,38 @@ def child(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``line`` in a session of its own; it and all its descendants are ended with the block.
 
-    In a session of its own it does not get a terminal's Ctrl-C: the parent gets that and ends the child in order.
+    In a session of its own it does not get a terminal's Ctrl-C: the parent gets that and ends the child in order. Of a
+    parent that was killed the child gets SIGTERM (on Linux); its descendants are then its own to end.
 
     Args:
         line: program and arguments.
         log: file that takes both output streams; by default they are the parent's.
         environment: the whole environment; by default the parent's.
+
+    Raises:
+        FileNotFoundError: there is no such program.
     """
     stream = log.open("ab") if log is not None else None
     with contextlib.ExitStack() as stack:
         # A signal in the middle of the start would leave a process that nobody ends.
         with signals_held_back():
-            process = subprocess.Popen(line, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                _tethered(line), stdout=stream, stderr=stream, env=environment, start_new_session=True
+            )
             stack.callback(_end, process)
             if stream is not None:
                 stream.close()
         yield process
+
+
+def _tethered(line: Sequence[str]) -> list[str]:
+    """The same command, ended by the system if this process dies."""
+    if sys.platform != "linux":
+        return list(line)
+    program = shutil.which(line[0])
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), line[0])
+    return [sys.executable, "-ISc", _TETHER, str(os.getpid()), program, *line]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

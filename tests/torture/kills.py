@@ -1,9 +1,10 @@
-"""SIGKILLs of what runs, at random moments: ``python -m tests.torture.kills --kills 300 --ranks 20 --out torture.md``.
+"""SIGKILLs of what runs, at random moments: ``python -m tests.torture.kills --kills 300 --ranks 60 --out torture.md``.
 
 A server with its watcher, the process in it that runs the network, and a client that segments three stacks; then the
-ranks of a training run. What was killed is started again by the same command until it ends well; then each byte, or
-each weight, must be that of a run that nothing happened to, and nothing may be left. The writers are killed at each
-call that changes a file by `tests.torture.faults`, tasks and clusters by `tests.serve.volume.shards.torture`.
+ranks of a training run; then an exporter. What was killed is started again by the same command until it ends well; then
+each byte, or each weight, must be that of a run that nothing happened to, and nothing may be left. The writers are
+killed at each call that changes a file by `tests.torture.faults`, tasks and clusters by
+`tests.serve.volume.shards.torture`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from serve.models.publish import publish
 from serve.server.state import load_state
 from tests.serve.conftest import artefacts_dividing_by
 from tests.torture.report import report
+from unet.card import Card
 from unet.errors import say
+from unet.files import sha256_of
 from unet.phantom import synthetic_stack
 from unet.processes import free_ports
 
@@ -39,6 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Of the kills of a served segmentation.
 ROLES = {"client": 0.7, "server": 0.15, "network's process": 0.15}
 STEPS = 16
+# Of one training run or export; then it is let through, so that many are compared.
+MOST_OF_A_RUN = 5
 _LIMIT_S = 120.0
 
 
@@ -196,24 +201,18 @@ def attack_ranks(kills: int, seed: int, note: Callable[[str], None] = lambda tex
     found, rng = Tally(), random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="unet-kills-") as name:
         folder = Path(name)
-        images, labels = synthetic_stack(slices=5, size=96, seed=1)
-        tifffile.imwrite(folder / "train-volume.tif", images)
-        tifffile.imwrite(folder / "train-labels.tif", labels * np.uint8(255))
-        flags = ["--exec_mode", "train", "--data_dir", str(folder), "--base_filters", "2", "--tile_size", "188"]
-        flags += ["--max_steps", str(STEPS), "--checkpoint_every", "2", "--evaluate_every", "4", "--log_every", "1"]
-        flags += ["--validation_share", "0.2", "--augment", "--optimizer", "adam", "--learning_rate", "0.001"]
-        flags += ["--global_batch_size", "2", "--resume"]
-        trainer = [sys.executable, str(ROOT / "train" / "main.py"), *flags, "--model_dir"]
+        trainer = _trainer(folder)
         launched = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2", "--gloo", *trainer]
+        lines = {"trainer": trainer, "rank": launched}
         whole: dict[str, list[np.ndarray]] = {}  # type: ignore[type-arg]
-        for role, line in (("trainer", trainer), ("rank", launched)):
+        for role, line in lines.items():
             subprocess.run([*line, str(folder / f"whole-{role}")], check=True, stdout=subprocess.DEVNULL)
             whole[role] = weights(folder / f"whole-{role}")
         while found.kills.total() < kills:
-            role, line = (("trainer", trainer), ("rank", launched))[found.runs % 2]
+            role = min(lines, key=lambda one: found.kills[one])
             found.runs += 1
             out = folder / "out"
-            _train([*line, str(out)], out, role, found, kills, rng)
+            _killed([*lines[role], str(out)], out, role, found, kills, rng)
             pairs = zip(weights(out), whole[role])
             worst = max(float(np.abs(one - other).max()) for one, other in pairs)
             if worst > 1e-6:
@@ -225,26 +224,73 @@ def attack_ranks(kills: int, seed: int, note: Callable[[str], None] = lambda tex
     return found
 
 
-def _train(line: Sequence[str], out: Path, role: str, found: Tally, kills: int, rng: random.Random) -> None:
-    """One training run, killed and started again until it ends well."""
+def attack_export(kills: int, seed: int, note: Callable[[str], None] = lambda text: None) -> Tally:
+    """Kill the exporter of a small network; then compare each network, and see that the card is of what is there."""
+    found, rng = Tally(), random.Random(seed)
+    with tempfile.TemporaryDirectory(prefix="unet-kills-") as name:
+        folder = Path(name)
+        subprocess.run([*_trainer(folder), str(folder / "run")], check=True, stdout=subprocess.DEVNULL)
+        line = [sys.executable, str(ROOT / "export" / "main.py"), "--model_dir", str(folder / "run"), "--no_int8"]
+        line += ["--data_dir", str(folder), "--tile_sizes", "204", "--out"]
+        subprocess.run([*line, str(folder / "whole")], check=True, stdout=subprocess.DEVNULL)
+        whole = _networks(folder / "whole")
+        while found.kills.total() < kills:
+            found.runs += 1
+            out = folder / "exports" / "out"
+            out.parent.mkdir()
+            _killed([*line, str(out)], out, "exporter", found, kills, rng)
+            if (left := _networks(out)) != whole:
+                wrong = sorted(name for name in {*left, *whole} if left.get(name) != whole.get(name))
+                found.faults.append(f"run {found.runs}: {wrong[:3]} differ")
+            if unlike := [
+                one.file for one in Card.load(out).artefacts.values() if sha256_of(out / one.file) != one.sha256
+            ]:
+                found.faults.append(f"run {found.runs}: the card is not of {unlike[:3]}")
+            if others := [path.name for path in out.parent.iterdir() if path != out and path.suffix != ".lock"]:
+                found.faults.append(f"run {found.runs}: {others[:3]} left")
+            shutil.rmtree(out.parent)
+            note(found.line())
+    return found
+
+
+def _trainer(folder: Path) -> list[str]:
+    """The command that trains a small network on slices that are made in a folder; ``--model_dir`` is to follow."""
+    images, labels = synthetic_stack(slices=5, size=96, seed=1)
+    tifffile.imwrite(folder / "train-volume.tif", images)
+    tifffile.imwrite(folder / "train-labels.tif", labels * np.uint8(255))
+    flags = ["--exec_mode", "train", "--data_dir", str(folder), "--base_filters", "2", "--tile_size", "188"]
+    flags += ["--max_steps", str(STEPS), "--checkpoint_every", "2", "--evaluate_every", "4", "--log_every", "1"]
+    flags += ["--validation_share", "0.2", "--augment", "--optimizer", "adam", "--learning_rate", "0.001"]
+    flags += ["--global_batch_size", "2", "--resume"]
+    return [sys.executable, str(ROOT / "train" / "main.py"), *flags, "--model_dir"]
+
+
+def _networks(out: Path) -> dict[str, bytes]:
+    """What an export holds, without what names the time or a measurement."""
+    return {name: content if name.endswith(".onnx") else b"" for name, content in contents(out).items()}
+
+
+def _killed(line: Sequence[str], out: Path, role: str, found: Tally, kills: int, rng: random.Random) -> None:
+    """One run, killed and started again until it ends well."""
+    most = min(kills, found.kills.total() + MOST_OF_A_RUN)
     while True:
         with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            if found.kills.total() < kills:
-                # Any moment will do; half of them fall into the start, the others into the steps.
+            if found.kills.total() < most:
+                # Any moment will do; half of them fall into the start, the others into the work.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(rng.uniform(0.5, 20.0))
-                ranks = _ranks(process.pid, out)
-                if ranks:
-                    rng.choice(ranks).kill()
+                working = _working(process.pid, out)
+                if working:
+                    rng.choice(working).kill()
                     found.kills[role] += 1
             process.wait()
-        until(lambda: not [one for one in psutil.process_iter() if _is_of(one, out)], "the other rank ends too")
+        until(lambda: not [one for one in psutil.process_iter() if _is_of(one, out)], "the others end too")
         if process.returncode == 0:
             return
 
 
-def _ranks(pid: int, out: Path) -> list[psutil.Process]:
-    """The processes that train."""
+def _working(pid: int, out: Path) -> list[psutil.Process]:
+    """The processes that do the work: of a launcher, the ranks."""
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(pid)
         return [one for one in (launcher, *launcher.children(recursive=True)) if _is_of(one, out)]
@@ -254,7 +300,8 @@ def _ranks(pid: int, out: Path) -> list[psutil.Process]:
 def _is_of(process: psutil.Process, out: Path) -> bool:
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
-        return str(out) in words and words[1:2] == [str(ROOT / "train" / "main.py")]
+        mains = [str(ROOT / room / "main.py") for room in ("train", "export")]
+        return str(out) in words and len(words) > 1 and words[1] in mains
     return False
 
 
@@ -274,13 +321,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Attack from the command line; the exit code is 1 if something was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture.kills", description="SIGKILLs of what runs.")
     parser.add_argument("--kills", type=int, default=300, help="of client, server and network (default: 300)")
-    parser.add_argument("--ranks", type=int, default=20, help="of training ranks (default: 20)")
+    parser.add_argument("--ranks", type=int, default=60, help="of trainers and ranks (default: 60)")
+    parser.add_argument("--exports", type=int, default=60, help="of the exporter (default: 60)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("torture.md"), help="the counts are added to this file")
     chosen = parser.parse_args(argv)
     parts = [
         attack(count, chosen.seed, say)
-        for attack, count in ((attack_serving, chosen.kills), (attack_ranks, chosen.ranks))
+        for attack, count in (
+            (attack_serving, chosen.kills),
+            (attack_ranks, chosen.ranks),
+            (attack_export, chosen.exports),
+        )
         if count
     ]
     lines = ["", "# Kills at random moments", ""]

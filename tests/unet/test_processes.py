@@ -40,6 +40,30 @@ def test_nothing_outlives_the_block(tmp_path: Path) -> None:
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells children of a parent's death on Linux alone")
+def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """An orphan would go on computing, and write into what the next run of the same command has just swept."""
+    log = tmp_path / "log"
+    parent = (
+        "import sys, time; from pathlib import Path; from unet.processes import child\n"
+        f"with child([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'], "
+        f"log=Path({str(log)!r})):\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent]) as process:
+        while not log.exists():
+            assert process.poll() is None
+        orphan = worker_of(log, process)
+        process.kill()
+        psutil.wait_procs([orphan], timeout=60)
+    assert not orphan.is_running()
+
+
+def test_a_program_that_is_not_there_is_said_by_the_parent() -> None:
+    with pytest.raises(FileNotFoundError, match="no-such-program"), child(["no-such-program"]):
+        pass
+
+
 def test_a_stubborn_process_is_killed() -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
