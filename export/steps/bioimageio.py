@@ -110,6 +110,7 @@ def write_package(
     """
     try:
         from bioimageio.spec import InvalidDescr, load_description, save_bioimageio_package
+        from pydantic import ValidationError
     except ImportError as error:
         raise ExportError(
             f"a BioImage.IO package needs bioimageio.spec ({error}): pip install 'unet-medical-triton[bioimageio]'"
@@ -119,7 +120,12 @@ def write_package(
         write_model(float_interface(model), folder / ONNX_FILE)
         np.save(folder / _TEST_INPUT, tile.astype(np.float32))
         np.save(folder / _TEST_OUTPUT, _session((folder / ONNX_FILE).read_bytes())(tile))
-        description = _description(folder, facts, validation)
+        try:
+            description = _description(folder, facts, validation)
+        except ValidationError as error:
+            # Of an answer that is near 0 everywhere, for one.
+            faults = "; ".join(one["msg"] for one in error.errors())
+            raise ExportError(f"{path.name} would be no valid package: {faults}; leave out --bioimageio") from error
         save_bioimageio_package(description, output_path=aside)
         found = load_description(aside, perform_io_checks=True)
         if isinstance(found, InvalidDescr):

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
+from export.errors import ExportError
 from export.main import main
 from export.steps.bioimageio import float_interface, packaged, write_package
 from serve.models.config import ModelSettings
@@ -104,6 +106,23 @@ def test_what_is_packaged_is_what_is_proven(single: Any, tmp_path: Path) -> None
     with zipfile.ZipFile(path) as packed, packed.open("test_output.npy") as stream:
         np.testing.assert_array_equal(packaged(path)(tile), np.load(stream).astype(np.float16))
     assert [one.name for one in tmp_path.iterdir()] == [BIOIMAGEIO_FILE]
+
+
+def test_an_answer_that_no_package_can_be_tested_with_is_refused_in_words(tmp_path: Path) -> None:
+    """BioImage.IO wants values above 1e-5; its own words would be a traceback."""
+    nothing = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> nothing (uint8[N,1,H,W] image) => (float16[N,1,h,w] probability)
+        <int64[2] starts = {92, 92}, int64[2] ends = {-92, -92}, int64[2] axes = {2, 3}, float zero = {0.0}> {
+            whole = Cast <to: int = 1> (image)
+            inner = Slice (whole, starts, ends, axes)
+            zeros = Mul (inner, zero)
+            probability = Cast <to: int = 10> (zeros)
+        }"""
+    )
+    path, tile = tmp_path / BIOIMAGEIO_FILE, np.full((1, 1, 188, 188), 7, np.uint8)
+    with pytest.raises(ExportError, match=r"no valid package: .* too small .*; leave out --bioimageio"):
+        write_package(nothing, tile, {"base_filters": 2}, path, validation="None.")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_library_it_is_refused_before_any_work(

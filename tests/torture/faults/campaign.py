@@ -24,7 +24,8 @@ from pathlib import Path
 
 from tests.serve.volume.shards.harness import served
 from tests.torture.faults.worker import FAULTS, FORGIVEN, Ended, Worker, build_layer
-from tests.torture.faults.writers import Files, Writer, writers
+from tests.torture.faults.writer import Files, Writer
+from tests.torture.faults.writers import writers
 from tests.torture.report import report
 from unet.errors import say
 

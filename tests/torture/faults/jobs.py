@@ -10,6 +10,17 @@ import numpy as np
 from unet.errors import command
 
 STEPS = 3
+# The middle of the image, divided by 255, with casts at both ends as an exported network has them.
+_NETWORK = """
+<ir_version: 8, opset_import: ["": 17]>
+middle (uint8[N,1,H,W] image) => (float16[N,1,h,w] probability)
+<float scale = {255.0}, int64[2] starts = {92, 92}, int64[2] ends = {-92, -92}, int64[2] axes = {2, 3}> {
+    whole = Cast <to: int = 1> (image)
+    inner = Slice (whole, starts, ends, axes)
+    shares = Div (inner, scale)
+    probability = Cast <to: int = 10> (shares)
+}
+"""
 
 
 @command
@@ -64,6 +75,26 @@ def export(argv: Sequence[str] | None = None) -> int:
             "machine": {"cpu": "a CPU", "cores": 1, "instructions": ()},
         }  # fmt: skip
         write_card(card)
+    return 0
+
+
+@command
+def package(argv: Sequence[str] | None = None) -> int:
+    """What an export with a BioImage.IO package writes: the package beside the network in it."""
+    import onnx.parser
+
+    from export.record.folder import sole_writer
+    from export.steps.bioimageio import write_package
+    from export.steps.graph import write_model
+    from unet.files import atomic_directory
+
+    assert argv is not None
+    network = onnx.parser.parse_model(_NETWORK)
+    out, facts = Path(argv[0]), {"base_filters": 1}
+    tile = np.random.default_rng(1).integers(0, 256, (1, 1, 188, 188), np.uint8)
+    with sole_writer(out), atomic_directory(out) as aside:
+        write_model(network, aside / "model.onnx")
+        write_package(network, tile, facts, aside / "package.zip", validation="none")
     return 0
 
 

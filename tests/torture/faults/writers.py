@@ -3,81 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import minisign
 import numpy as np
 import tifffile
 
 from tests.serve.conftest import cropping_model, enter_engine
 from tests.serve.volume.shards.harness import make_blocks
+from tests.torture.faults.runs import of_runs
+from tests.torture.faults.writer import JOBS, Writer
 from tests.torture.seeds import write_seeds
 from unet.card import Card
 
 SHAPE = (3, 24, 20)
 PIXELS = np.random.default_rng(3).integers(0, 256, SHAPE, np.uint8)
-# What differs from one run to the next.
-_TIMES = (
-    (re.compile(rb'"(timestamp|elapsedtime|datetime|created)": "[^"]*"'), rb'"\1": ""'),
-    # They cover the times.
-    (re.compile(rb'"(sha256|seal)": "[^"]*"'), rb'"\1": ""'),
-)
-_KEY, _UUID = re.compile(rb"[\w-]{43}\n"), re.compile(rb'"urn:uuid:[^"]*"')
-_NETWORK = ("tensorflow", "train.run.checkpoints", "train.model.saved_model")
-_JOBS = "tests.torture.faults.jobs"
-Files = dict[str, bytes]
-
-
-@dataclass(frozen=True)
-class Writer:
-    """One writer.
-
-    Attributes:
-        name: of it.
-        call: "module:function".
-        argv: makes the arguments, from the folder that it may write into.
-        prepare: has in that folder what must be there before.
-        finals: patterns of the names that count as final ones, below the folder.
-        commits: names of files; once one of them is the new one, the command has done what it was to do.
-        kept: what of the work is kept in the folder, as a number, and what a repeat says that it took over.
-        timed: whether the files hold the time of the run, or what is drawn, which is left out of comparisons.
-        libraries: that are loaded before the first run, since they take long.
-        unsound: what is wrong with what an ended run leaves, where final names have several contents in turn.
-    """
-
-    name: str
-    call: str
-    argv: Callable[[Path], list[str]]
-    prepare: Callable[[Path], None] = lambda folder: None
-    finals: tuple[str, ...] = ("*",)
-    commits: tuple[str, ...] = ()
-    kept: Callable[[Path], int] = lambda folder: 0
-    timed: bool = False
-    libraries: tuple[str, ...] = ()
-    unsound: Callable[[Path], list[str]] = lambda folder: []
-
-    def files(self, folder: Path) -> Files:
-        """Every file below the folder, and every empty folder, with what it holds."""
-        found = {}
-        for path in sorted(folder.rglob("*")):
-            name = str(path.relative_to(folder))
-            if path.is_file() and not (self.timed and name == "log.json"):
-                found[name] = self._timeless(name, path.read_bytes())
-            elif path.is_dir() and not any(path.iterdir()):
-                found[f"{name}/"] = b""
-        return found
-
-    def _timeless(self, name: str, content: bytes) -> bytes:
-        if self.timed and name.endswith((".json", ".md")):
-            for pattern, instead in _TIMES:
-                content = pattern.sub(instead, content)
-        if self.timed and name.endswith(".tif"):
-            content = _UUID.sub(b"a UUID", content)
-        return _KEY.sub(b"a key", content) if name == "admin.key" else content
 
 
 def writers(folder: Path, url: str) -> list[Writer]:
@@ -94,7 +37,7 @@ def writers(folder: Path, url: str) -> list[Writer]:
         *_other_inputs(folder, url),
         *_repositories(folder),
         *_reports(folder),
-        *_rooms(),
+        *of_runs(folder),
         *_data(folder),
     ]
 
@@ -203,13 +146,17 @@ def _repositories(folder: Path) -> list[Writer]:
     def line(*words: str) -> Callable[[Path], list[str]]:
         return lambda out: [*words, "--model_repository", str(out)]
 
+    key = folder / "ours.key"
+    key.write_bytes(bytes(minisign.KeyPair.generate().secret_key))
     call = "serve.repository:main"
     artefacts = ("--artefacts", str(folder / "second"), "--max_tile_size", "1004")
+    signed = line(*artefacts, "--sign", str(key))
     finals, commits = ("unet/[0-9]*", "unet/config.pbtxt"), ("unet/config.pbtxt",)
     return [
         Writer("publishing the first version", call, line(*artefacts), finals=finals, commits=commits),
         Writer("publishing another version", call, line(*artefacts, "--keep", "2"), published, finals, commits),
         Writer("going back to a version", call, line("--rollback"), published, finals, commits),
+        Writer("publishing a signed version", call, signed, finals=finals, commits=commits, timed=True),
     ]
 
 
@@ -231,44 +178,8 @@ def _reports(folder: Path) -> list[Writer]:
     return [
         Writer("report page", "serve.report:main", report),
         Writer("scaling", "serve.scaling:main", scaling),
-        Writer("benchmark", f"{_JOBS}:benchmark", lambda out: [str(out)]),
+        Writer("benchmark", f"{JOBS}:benchmark", lambda out: [str(out)]),
     ]
-
-
-def _rooms() -> list[Writer]:
-    return [
-        Writer("export", f"{_JOBS}:export", lambda out: [str(out / "artefacts")], finals=("artefacts",), timed=True),
-        Writer(
-            "training",
-            f"{_JOBS}:train",
-            lambda out: [str(out)],
-            finals=(),
-            timed=True,
-            libraries=_NETWORK,
-            unsound=_training_faults,
-        ),
-        Writer(
-            "SavedModel",
-            f"{_JOBS}:saved_model",
-            lambda out: [str(out / "saved_model")],
-            finals=("saved_model",),
-            libraries=_NETWORK,
-        ),
-        Writer(
-            "curves of a run",
-            f"{_JOBS}:curves",
-            lambda out: [str(out)],
-            _logged,
-            finals=("*.png", "eval/*.csv", "eval/*.png"),
-        ),
-    ]
-
-
-def _logged(out: Path) -> None:
-    """The log of a run."""
-    out.mkdir()
-    lines = [f'DLLL {{"step": {step}, "data": {{"loss": {1 / step}}}}}\n' for step in (1, 2, 3)]
-    (out / "log.json").write_text("".join(lines))
 
 
 def _data(folder: Path) -> list[Writer]:
@@ -284,30 +195,15 @@ def _data(folder: Path) -> list[Writer]:
         Writer("synthetic slices", "unet.phantom:main", lambda out: ["--out", str(out), *size], finals=("*.tif",)),
         Writer(
             "fetched slices",
-            f"{_JOBS}:download",
+            f"{JOBS}:download",
             lambda out: [str(out), archive.as_uri(), str(due)],
             finals=("*.tif",),
         ),
         Writer(
             "server's state",
-            f"{_JOBS}:server_state",
+            f"{JOBS}:server_state",
             lambda out: [str(out)],
             finals=("backends-*", "admin.key"),
             timed=True,
         ),
     ]
-
-
-def _training_faults(out: Path) -> list[str]:
-    """A training run's files are whole, and each folder of checkpoints names one that is there."""
-    wrong = []
-    for path in out.rglob("*.json"):
-        if ".aside" not in str(path) and path.name != "log.json":
-            try:
-                named = json.loads(path.read_text())
-            except ValueError:
-                wrong.append(f"half-written: {path.name}")
-                continue
-            if path.name == "latest.json" and not (path.parent / named["checkpoint"] / "manifest.json").exists():
-                wrong.append(f"{path} names a checkpoint that is not there")
-    return wrong
