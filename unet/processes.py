@@ -55,7 +55,7 @@ def child(
         # A signal in the middle of the start would leave a process that nobody ends.
         with signals_held_back():
             process = subprocess.Popen(
-                _tethered(line), stdout=stream, stderr=stream, env=environment, start_new_session=True
+                _tethered(line, environment), stdout=stream, stderr=stream, env=environment, start_new_session=True
             )
             stack.callback(_end, process)
             if stream is not None:
@@ -63,11 +63,11 @@ def child(
         yield process
 
 
-def _tethered(line: Sequence[str]) -> list[str]:
+def _tethered(line: Sequence[str], environment: Mapping[str, str] | None) -> list[str]:
     """The same command, ended by the system if this process dies."""
     if sys.platform != "linux":
         return list(line)
-    program = shutil.which(line[0])
+    program = shutil.which(line[0], path=environment.get("PATH") if environment is not None else None)
     if program is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), line[0])
     return [sys.executable, "-ISc", _TETHER, str(os.getpid()), program, *line]
