@@ -80,8 +80,8 @@ def threshold_curve(scores: Tally, threshold: float, path: Path) -> None:
     """
     with atomic_file(path.with_suffix(".csv")) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["threshold", "v_rand_thin", "v_info_thin"])
-        writer.writerows(zip(scores.thresholds, scores.v_rand, scores.v_info))
+        writer.writerow(["threshold", "v_rand_thin", "v_info_thin", "dice", "pixel_error"])
+        writer.writerows(zip(scores.thresholds, scores.v_rand, scores.v_info, scores.dice, scores.pixel_error))
     figure = _figure()
     axes = figure.subplots()
     for name, values, style in (("V_rand", scores.v_rand, "o-"), ("V_info", scores.v_info, "s-")):

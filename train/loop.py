@@ -254,17 +254,16 @@ class TrainingLoop:
         total = Tally(np.asarray(sums))
         threshold = total.best_threshold
         scores = total.at(threshold)
-        score = total.order(threshold)
+        score = total.highest
         improved = self._compares and score > self._best_score
         text = "validation V_rand {v_rand:.4f}, V_info {v_info:.4f}, Dice {dice:.4f} at the threshold"
         ending = ", the best so far" if improved else ""
-        self.log.event(
-            self.step, f"step {self.step}: {text.format(**scores)} {threshold}{ending}", threshold=threshold, **scores
-        )
+        facts = {"score": score, "threshold": threshold, **scores}
+        self.log.event(self.step, f"step {self.step}: {text.format(**scores)} {threshold}{ending}", **facts)
         if improved:
             self._best_score, self._best_step = score, self.step
             if self.cluster.is_first:
-                self._best.save(self.step, score=score, threshold=threshold, **scores)
+                self._best.save(self.step, **facts)
         if self.cluster.is_first and shown:
             self.log.picture(self.step, self.data.validation[0].name, shown[0])
         return improved

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from train.charts import augmentation_sheet, learning_curve, threshold_curve
 from train.config import TrainConfig, config_of
@@ -26,6 +25,7 @@ from train.model.saved_model import write_saved_model
 from train.run.cluster import Cluster, join_cluster
 from train.run.folder import Run
 from train.run.log import RunLog
+from train.run.progress import watched
 from train.run.room import require_room
 from train.scoring import tally, training_scores
 from train.throughput import measure
@@ -249,7 +249,7 @@ def _predict(config: TrainConfig, run: Run, log: RunLog) -> None:
     with open_volume(source) as reader:
         windows = find_windows(reader, config.window_choice)
         with StackWriter(target, reader, np.dtype(np.float32)) as writer:
-            for page in tqdm(range(len(reader)), unit="slice", disable=None):
+            for page in watched(range(len(reader)), f"slices of {source.name} segmented"):
                 writer.append(predict(windows.apply(page, reader[page])))
     log.event("SUMMARY", f"probabilities of {source}: {target}", predicted=str(target))
 
@@ -265,7 +265,7 @@ def _evaluate(config: TrainConfig, run: Run, log: RunLog) -> None:
     for item in data.held_out or data.training:
         by_shape.setdefault(item.label.shape, []).append(item)
     for (height, width), items in by_shape.items():
-        scores = tally(predict, items)
+        scores = tally(predict, watched(items, "slices scored"))
         kind = "held-out" if data.held_out else "training"
         target = run.folder / "eval" / f"scores-{height}x{width}.json"
         kept = {"held_out": bool(data.held_out), "networks": len(runs)}

@@ -46,6 +46,7 @@ def test_the_threshold_curve_holds_the_scores(slices: list[Slice], tmp_path: Pat
     assert [float(row["threshold"]) for row in rows] == list(scores.thresholds)
     assert [float(row["v_rand_thin"]) for row in rows] == list(scores.v_rand)
     assert [float(row["v_info_thin"]) for row in rows] == list(scores.v_info)
+    assert [float(row["pixel_error"]) for row in rows] == list(scores.pixel_error)
     with Image.open(tmp_path / "scores-96x96.png") as opened:
         assert opened.size == (770, 440)
 

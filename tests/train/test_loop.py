@@ -199,9 +199,7 @@ def test_the_best_weights_are_kept_and_not_the_last(tiny: Make, fit: Fit, slices
     config = tiny(max_steps=8, evaluate_every=1, learning_rate=0.003, checkpoint_every=100)
     fit(config, slices[1:], slices[:1])
     scores = {
-        step: data["v_rand"] + data["v_info"]
-        for step, data in read_log(config.model_dir)
-        if isinstance(step, int) and "v_rand" in data
+        step: data["score"] for step, data in read_log(config.model_dir) if isinstance(step, int) and "v_rand" in data
     }
     assert sorted(scores) == list(range(1, 9))
     newest = Run(config.model_dir).best().newest
@@ -220,7 +218,7 @@ def test_under_a_cosine_the_weights_that_have_settled_are_compared(
 ) -> None:
     """Even where each validation finds worse weights than the one before."""
     falling = iter(range(10, 0, -1))
-    monkeypatch.setattr(Tally, "order", lambda self, threshold: float(next(falling)))
+    monkeypatch.setattr(Tally, "highest", property(lambda self: float(next(falling))))
     config = tiny(max_steps=10, evaluate_every=1, lr_schedule="cosine", patience=patience, validation_share=0.2)
     fit(config, slices[1:], slices[:1])
     newest = Run(config.model_dir).best().newest

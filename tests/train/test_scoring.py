@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,51 @@ def test_pixels_that_nobody_annotated_count_nowhere(slices: list[Slice]) -> None
         np.testing.assert_array_equal(tally(proposals, [item]).sums, sums)
 
 
-def test_the_threshold_is_the_best_of_both_scores_and_the_nearest_to_one_half() -> None:
+def curves(v_rand: list[float], v_info: list[float], wrong: Sequence[float] = (0.0,) * 11) -> Tally:
+    """Of two slices with 100 pixels."""
     sums = np.zeros((8, 11))
     sums[0] = 2
-    sums[1:3] = [[1.0] * 11, [0.2, 0.8, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.9]]
-    assert Tally(sums).best_threshold == 0.5
-    sums[1, 8] = 1.5
-    assert Tally(sums).best_threshold == 0.8
-    assert Tally(sums).as_dict(0.3)["v_rand_at_threshold"] == 0.5
-    assert Tally(sums).as_dict(0.3)["best_v_rand"] == 0.75
-    assert Tally(sums).as_dict(0.3)["best_v_info_threshold"] == 1.0
+    sums[1:3] = np.multiply(2, [v_rand, v_info])
+    sums[6], sums[7] = np.multiply(100, wrong), 100
+    return Tally(sums)
+
+
+FLAT = [0.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.0]
+
+
+def test_of_equal_thresholds_the_nearest_to_one_half_is_taken() -> None:
+    # What 0 and 1 give, which tell nothing apart, counts nowhere.
+    assert curves([2.0, *FLAT[1:10], 2.0], FLAT).best_threshold == 0.5
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_threshold_that_its_neighbours_do_not_support_is_not_taken(which: int) -> None:
+    """A gap in one cell's membrane may close there alone."""
+    scores = [FLAT, FLAT]
+    scores[which] = [0.0, 0.5, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9, 0.6, 0.91, 0.0]
+    assert curves(*scores).best_threshold == 0.5
+
+
+def test_a_threshold_that_is_much_better_is_taken_whatever_its_neighbours_are() -> None:
+    """A network that was trained shortly answers with probabilities near one value."""
+    narrow = [0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.0]
+    assert curves(narrow, narrow).best_threshold == 0.7
+
+
+@pytest.mark.parametrize(("error", "expected"), [(0.01, 0.8), (0.03, 0.7)])
+def test_the_pixel_error_is_weighed_against_the_scores(error: float, expected: float) -> None:
+    v_rand = [0.0, 0.5, 0.5, 0.5, 0.5, 0.9, 1.0, 1.0, 1.0, 1.0, 0.0]
+    # With those around them 0.7 has (0.9 + 4 * 1.0) / 5 + 0.9 = 1.88, and 0.8 and 0.9 have 1.9.
+    assert curves(v_rand, FLAT, [0.0] * 8 + [error, 1.0, 1.0]).best_threshold == expected
+
+
+def test_the_scores_at_a_threshold_and_the_challenges_own_are_told() -> None:
+    found = curves([0.0, 0.1, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.75, 0.5, 0.0], [0.1, 0.4, 0.4, *[0.5] * 6, 0.25, 0.95])
+    assert found.as_dict(0.3)["v_rand_at_threshold"] == 0.5
+    assert found.as_dict(0.3)["best_v_rand"] == 0.75
+    assert found.as_dict(0.3)["best_v_info_threshold"] == 1.0
+    # Networks are compared where they are best, between 0 and 1.
+    assert found.highest == 1.25
 
 
 def test_four_corners_spread_over_the_training_slices_choose_the_threshold() -> None:

@@ -1,0 +1,32 @@
+"""A sign of life of long work on slices."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+from tqdm import tqdm
+
+from unet.errors import say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_Item = TypeVar("_Item")
+_LINE_EVERY_S = 10.0
+
+
+def watched(items: Sequence[_Item], what: str) -> Iterator[_Item]:
+    """The items, one after another: a bar on a terminal, and elsewhere a line every ten seconds.
+
+    Args:
+        items: the work.
+        what: is done with them, as in "3 of 7 ...".
+    """
+    with tqdm(items, unit="slice", disable=None) as bar:
+        said = time.monotonic()
+        for done, item in enumerate(bar):
+            if bar.disable and time.monotonic() - said >= _LINE_EVERY_S:
+                say(f"{done} of {len(items)} {what}")
+                said = time.monotonic()
+            yield item
