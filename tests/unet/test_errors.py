@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unet.errors import UnetError, command, say
@@ -87,6 +88,17 @@ def test_an_error_while_a_file_is_written_names_it(file: str | None) -> None:
 def test_an_error_that_names_another_file_keeps_its_name() -> None:
     with pytest.raises(FileNotFoundError, match=r"/in/model\.onnx"), naming("/out/card.json"):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/in/model.onnx")
+
+
+def test_numpys_own_error_of_a_write_gets_a_number_and_the_files_name(tmp_path: Path) -> None:
+    """On a device that is always full, numpy writes nothing and says neither."""
+    with (
+        Path("/dev/full").open("wb", buffering=0) as full,
+        pytest.raises(OSError, match="0 of 5000 values") as caught,
+        naming("/out/mask.tif"),
+    ):
+        np.zeros(5000).tofile(full)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "/out/mask.tif")
 
 
 def test_standard_output_on_a_full_disk_is_one_sentence() -> None:
