@@ -57,7 +57,7 @@ class Tally:
 
     def line(self) -> str:
         """In words."""
-        each = ", ".join(f"{count} of a {role}" for role, count in self.kills.items())
+        each = ", ".join(f"{role} {count}" for role, count in self.kills.items())
         return f"{self.kills.total()} kills ({each}) over {self.runs} runs; {len(self.faults)} faults."
 
 
