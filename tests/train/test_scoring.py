@@ -99,7 +99,7 @@ def test_the_pixel_error_is_weighed_against_the_scores(error: float, expected: f
 
 
 def test_the_scores_at_a_threshold_and_the_challenges_own_are_told() -> None:
-    found = curves([0.0, 0.1, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.75, 0.5, 0.0], [0.1, 0.4, 0.4, *[0.5] * 6, 0.25, 0.95])
+    found = curves([0.0, 0.1, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.75, 0.5, 0.0], [0.1, 0.4, 0.4, *[0.5] * 6, 0.25, 1.95])
     assert found.as_dict(0.3)["v_rand_at_threshold"] == 0.5
     assert found.as_dict(0.3)["best_v_rand"] == 0.75
     assert found.as_dict(0.3)["best_v_info_threshold"] == 1.0
