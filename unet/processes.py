@@ -50,13 +50,12 @@ def child(
     Raises:
         FileNotFoundError: there is no such program.
     """
+    words = _tethered(line, environment)
     stream = log.open("ab") if log is not None else None
     with contextlib.ExitStack() as stack:
         # A signal in the middle of the start would leave a process that nobody ends.
         with signals_held_back():
-            process = subprocess.Popen(
-                _tethered(line, environment), stdout=stream, stderr=stream, env=environment, start_new_session=True
-            )
+            process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment, start_new_session=True)
             stack.callback(_end, process)
             if stream is not None:
                 stream.close()

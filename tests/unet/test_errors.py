@@ -90,7 +90,7 @@ def test_an_error_that_names_another_file_keeps_its_name() -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/in/model.onnx")
 
 
-def test_numpys_own_error_of_a_write_gets_a_number_and_the_files_name(tmp_path: Path) -> None:
+def test_numpys_own_error_of_a_write_gets_a_number_and_the_files_name() -> None:
     """On a device that is always full, numpy writes nothing and says neither."""
     with (
         Path("/dev/full").open("wb", buffering=0) as full,
