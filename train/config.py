@@ -110,7 +110,7 @@ class TrainConfig:
     validation_share: float = setting(
         0.1, "share of the other slices that chooses the best weights and the threshold; 0 trains on them too"
     )
-    evaluate_every: int = setting(0, "steps between two validations; 0: a tenth of --max_steps, 100 or more")
+    evaluate_every: int = setting(0, "steps between two validations; 0: a tenth of the run, 100 or more")
     patience: int = setting(0, "validations in a row without better weights that end the run; 0: none do")
     checkpoint_every: int = setting(500, "steps between two checkpoints; the last step always writes one")
     resume: bool = setting(False, "continue from the newest checkpoint in --model_dir, or start if there is none")
@@ -146,10 +146,9 @@ class TrainConfig:
         """Whether the mode trains, and does not measure."""
         return self.exec_mode in TRAINING_MODES and not self.benchmark and not self.preview_augmentation
 
-    @property
-    def steps_between_validations(self) -> int:
-        """``evaluate_every``, or what it stands for."""
-        return self.evaluate_every or max(100, self.max_steps // 10)
+    def steps_between_validations(self, steps: int) -> int:
+        """``evaluate_every``, or what it stands for in a run of so many steps, which may have been fitted to a time."""
+        return self.evaluate_every or max(100, steps // 10)
 
     def for_ranks(self, ranks: int) -> TrainConfig:
         """The same settings with `batch_size` as each of so many ranks takes it.

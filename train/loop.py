@@ -125,7 +125,7 @@ class TrainingLoop:
         self._predict = make_predictor(trainer.model)
         self._interval = _Interval()
         self._budget = Budget(self.config, first)
-        self._fewer = 0
+        self._fitted_again = 0
 
     def run(self) -> TrainResult:
         """Train.
@@ -152,9 +152,13 @@ class TrainingLoop:
         return TrainResult(self.step, 0 if ended else stopped_by)
 
     @property
+    def _between(self) -> int:
+        return self.config.steps_between_validations(self.max_steps)
+
+    @property
     def _out_of_patience(self) -> bool:
         """Whether as many validations as are waited for brought no better weights; of a resumed run, too."""
-        between = self.config.steps_between_validations
+        between = self._between
         return 0 < self.config.patience <= self.step // between - self._best_step // between
 
     @property
@@ -172,7 +176,7 @@ class TrainingLoop:
             self.log.event(self.step, text.format(self.step, self.max_steps, **figures), **figures)
             self._interval = _Interval()
         ended = self.step == self.max_steps
-        validates = bool(self.data.validation) and (ended or self.step % self.config.steps_between_validations == 0)
+        validates = bool(self.data.validation) and (ended or self.step % self._between == 0)
         saves = last or self.step % self.config.checkpoint_every == 0
         started = time.perf_counter()
         if validates or saves:
@@ -192,14 +196,14 @@ class TrainingLoop:
         self._interval.waited_s += time.perf_counter() - started
         signals = [float(asked == signal.SIGTERM), float(asked == signal.SIGINT)]
         timed = self.cluster.is_first and self.config.max_minutes > 0
-        fewer = float(self._budget.fewer(self.step, self.max_steps) or 0) if timed else 0.0
+        again = float(self._budget.fitted_again(self.step, self.max_steps) or 0) if timed else 0.0
         for tries in range(1, TRIES + 1):
             loss = self.trainer.step(self.step, batch)
-            shared = self.cluster.sum(tf.stack([loss, *signals, fewer]), name="step_outcome").numpy()
+            shared = self.cluster.sum(tf.stack([loss, *signals, again]), name="step_outcome").numpy()
             if np.isfinite(shared[0]):
                 break
             self._say_unsound(tries)
-        self._fewer = int(shared[3])
+        self._fitted_again = int(shared[3])
         self._budget.took(time.perf_counter() - started)
         mean_loss = float(shared[0]) / self.cluster.size
         self._interval.loss += mean_loss
@@ -223,9 +227,10 @@ class TrainingLoop:
     def _fit(self) -> None:
         """Fit the number of steps to the minutes.
 
-        The first rank knows how long a step takes after the first ones, and later whether the machine became slower.
+        The first rank knows how long a step takes after the first ones, and later whether the machine became slower or
+        faster.
         """
-        fitted = max(self.step, self._fewer) if self._fewer else 0
+        fitted = max(self.step, self._fitted_again) if self._fitted_again else 0
         if self._budget.open:
             mine = (self._budget.fitted(self.step) or 0) if self.cluster.is_first else 0
             fitted = int(self.cluster.sum(tf.constant(mine, tf.int64), name="fitted_steps"))

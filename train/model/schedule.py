@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 UNTIMED_STEPS = 3
 TIMED_STEPS = 20
 TIMED_S = 5.0
-# A run that will take this share of its time longer than it may has its steps fitted once more. The latest of this many
-# steps say how long one takes now.
+# A run that will end by this share of its time too late or too early has its steps fitted once more. The latest of this
+# many steps say how long one takes now.
 TOLERATED = 0.1
 _LATEST = 10
 
@@ -94,8 +94,8 @@ class Budget:
         """Note how long a step took, validations and checkpoints left out."""
         self._latest.append(seconds)
 
-    def fewer(self, done: int, planned: int) -> int | None:
-        """Fewer steps for the whole run, where the machine has become so slow that the time will not do; else None.
+    def fitted_again(self, done: int, planned: int) -> int | None:
+        """The steps of the whole run, where the machine has become so slow or so fast that they must change; else None.
 
         Args:
             done: steps done so far.
@@ -105,7 +105,10 @@ class Budget:
         if self.open or len(self._latest) < _LATEST:
             return None
         step_s = sum(self._latest) / _LATEST
-        if now + (planned - done) * step_s <= self._ends + self._tolerated_s:
+        fits = min(self._limit, done + max(0, int((self._ends - now) / step_s)))
+        late_s = now + (planned - done) * step_s - self._ends
+        early_s = (fits - planned) * step_s
+        if max(late_s, early_s) <= self._tolerated_s:
             return None
         self.step_s = step_s
-        return min(planned, done + max(0, int((self._ends - now) / step_s)))
+        return fits

@@ -1,4 +1,4 @@
-"""The number of steps that fits into a budget of time, and the learning rate that follows it."""
+"""The number of steps that fits into a budget of time, and the learning rate and the validations that follow it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_the_steps_fill_the_budget(tiny: Make, first: int) -> None:
     assert (fitted - done) * budget.step_s == pytest.approx(left_s, abs=0.5)
 
 
-def test_a_machine_that_becomes_slower_takes_fewer_steps(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_becomes_slower_takes_fewer_steps_and_gets_them_back(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
     monkeypatch.setattr("train.model.schedule.time.perf_counter", lambda: clock[0])
     budget, planned = Budget(tiny(max_steps=100_000, max_minutes=2.0), 0), 0
@@ -56,8 +58,8 @@ def test_a_machine_that_becomes_slower_takes_fewer_steps(tiny: Make, monkeypatch
             budget.took(seconds)
             if budget.open and (fitted := budget.fitted(done)):
                 planned, budget.open = fitted, False
-            elif fewer := budget.fewer(done, planned):
-                planned = fewer
+            elif again := budget.fitted_again(done, planned):
+                planned = again
         return done
 
     done = steps(30, 0.5, 0)
@@ -67,12 +69,13 @@ def test_a_machine_that_becomes_slower_takes_fewer_steps(tiny: Make, monkeypatch
     assert planned == 240
     done = steps(20, 2.0, done)
     assert clock[0] + (planned - done) * 2.0 <= 120 * 1.1
-    # A machine that recovers does not get them back.
+    # A machine that recovers gets back what fits into the time that is left.
     before = planned
-    done = steps(5, 0.5, done)
-    assert planned == before
+    done = steps(20, 0.5, done)
+    assert planned > before + 20
+    assert clock[0] + (planned - done) * 0.5 == pytest.approx(120, rel=0.1)
     clock[0] = 500.0
-    assert budget.fewer(done, planned) == done
+    assert budget.fitted_again(done, planned) == done
 
 
 def test_a_budget_is_open_until_enough_steps_are_timed(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,9 +92,9 @@ def test_a_budget_is_open_until_enough_steps_are_timed(tiny: Make, monkeypatch: 
     # As long as it is open nothing is taken away.
     for _ in range(20):
         budget.took(1000.0)
-    assert budget.fewer(11, 18) is None
+    assert budget.fitted_again(11, 18) is None
     budget.open = False
-    assert budget.fewer(11, 18) == 11
+    assert budget.fitted_again(11, 18) == 11
     assert budget.step_s == 1000.0
     clock[0] = 1000.0
     assert budget.fitted(12) == 12
@@ -103,18 +106,25 @@ def test_a_tenth_more_than_the_budget_is_tolerated_and_no_more(tiny: Make, monke
     budget.open = False
     for _ in range(9):
         budget.took(1.0)
-    assert budget.fewer(0, 1000) is None
+    assert budget.fitted_again(0, 1000) is None
     budget.took(1.0)
-    assert budget.fewer(0, 66) is None
-    assert budget.fewer(0, 67) == 60
-    assert budget.fewer(5, 72) == 65
+    assert budget.fitted_again(0, 66) is None
+    assert budget.fitted_again(0, 67) == 60
+    assert budget.fitted_again(5, 72) == 65
+    # So is a tenth less.
+    assert budget.fitted_again(0, 54) is None
+    assert budget.fitted_again(0, 53) == 60
+    assert budget.fitted_again(5, 58) == 65
+    # What the run was limited to stays its limit.
+    assert budget.fitted_again(960, 995) is None
+    assert budget.fitted_again(950, 970) == 1000
 
 
 def test_a_run_on_a_machine_that_becomes_slower_ends_in_order(
     tiny: Make, fit: Callable[..., object], slices: list[Slice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Budget, "fitted", lambda self, done: 40 if done == 4 else None)
-    monkeypatch.setattr(Budget, "fewer", lambda self, done, planned: 9 if done == 6 else None)
+    monkeypatch.setattr(Budget, "fitted_again", lambda self, done, planned: 9 if done == 6 else None)
     config = tiny(max_steps=1_000_000, max_minutes=60.0, lr_schedule="cosine")
     fit(config, slices)
     steps = [step for step, data in read_log(config.model_dir) if isinstance(step, int) and "loss" in data]
@@ -122,6 +132,16 @@ def test_a_run_on_a_machine_that_becomes_slower_ends_in_order(
     record = json.loads(Path(config.model_dir, "config.json").read_text())
     assert (record["settings"]["max_steps"], record["fitted"]) == (9, True)
     assert (Path(config.model_dir) / "checkpoints" / "step-00000009").is_dir()
+
+
+def test_a_run_that_was_fitted_to_a_time_validates_as_often_as_another(
+    tiny: Make, fit: Callable[..., object], slices: list[Slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Budget, "fitted", lambda self, done: 210 if done == 4 else None)
+    monkeypatch.setattr(Budget, "fitted_again", lambda self, done, planned: None)
+    config = tiny(max_steps=1_000_000_000, max_minutes=60.0, validation_share=0.2)
+    fit(config, slices[1:], slices[:1])
+    assert [step for step, data in read_log(config.model_dir) if "threshold" in data] == [100, 200, 210]
 
 
 def test_the_limit_stays_a_limit(tiny: Make) -> None:
