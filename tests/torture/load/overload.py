@@ -168,8 +168,8 @@ def _capacity(server: TritonServer, seconds: float) -> float:
 class _Waiting:
     """Asks the server again and again how many requests wait, and keeps the most.
 
-    Triton counts a request as waiting before it looks whether the queue is full, so that one which is just being refused
-    is counted too. It is gone the next time: of a few answers in a row the smallest counts.
+    Triton counts a request as waiting before it looks whether the queue is full, so that one which is just being
+    refused is counted too. It is gone the next time: of a few answers in a row the smallest counts.
     """
 
     def __init__(self, server: TritonServer) -> None:
