@@ -20,7 +20,8 @@ from train.evaluation import make_predictor
 from train.input.dataset import windows_of
 from train.model.schedule import Budget
 from train.run.folder import kept, require_sound
-from train.scoring import Tally, tally
+from train.run.progress import watched
+from train.scoring import Tally, sample, tally
 from unet.errors import stopping_signals
 from unet.volume.overlay import membrane_overlay
 
@@ -108,7 +109,7 @@ class TrainingLoop:
 
     def __init__(self, trainer: Trainer, run: Run, log: RunLog, data: Data, first: int) -> None:
         self.trainer, self.cluster, self.config = trainer, trainer.cluster, trainer.config
-        self.run_folder, self.log, self.data = run, log, data
+        self.run_folder, self.log = run, log
         self.step, self.max_steps = first, self.config.max_steps
         self._checkpoints = run.checkpoints(model=trainer.model, optimizer=trainer.optimizer)
         self._best = run.best(trainer.model)
@@ -116,6 +117,7 @@ class TrainingLoop:
         self._best_score = float(newest[1]["score"]) if newest else -math.inf
         self._best_step = int(newest[1]["step"]) if newest else 0
         self._windows = windows_of(self.config, data.training)
+        self._validation = sample(data.validation)
         offset = first * trainer.global_batch + self.cluster.rank * self.config.batch_size
         self._batches = iter(
             self._windows.batches(
@@ -126,6 +128,7 @@ class TrainingLoop:
         self._interval = _Interval()
         self._budget = Budget(self.config, first)
         self._fitted_again = 0
+        self._validation_s = 0.0
 
     def run(self) -> TrainResult:
         """Train.
@@ -176,13 +179,14 @@ class TrainingLoop:
             self.log.event(self.step, text.format(self.step, self.max_steps, **figures), **figures)
             self._interval = _Interval()
         ended = self.step == self.max_steps
-        validates = bool(self.data.validation) and (ended or self.step % self._between == 0)
+        validates = bool(self._validation) and (ended or self.step % self._between == 0)
         saves = last or self.step % self.config.checkpoint_every == 0
         started = time.perf_counter()
         if validates or saves:
             # On every rank: all hold the same weights, so all stop together.
             require_sound(self.trainer.variables, self.step, self._checkpoints)
         improved = self._validate() if validates else False
+        self._validation_s = time.perf_counter() - started if validates else self._validation_s
         # A run that is resumed never starts before its best weights.
         if self.cluster.is_first and (saves or improved or self._out_of_patience):
             self._checkpoints.save(self.step)
@@ -196,7 +200,8 @@ class TrainingLoop:
         self._interval.waited_s += time.perf_counter() - started
         signals = [float(asked == signal.SIGTERM), float(asked == signal.SIGINT)]
         timed = self.cluster.is_first and self.config.max_minutes > 0
-        again = float(self._budget.fitted_again(self.step, self.max_steps) or 0) if timed else 0.0
+        aside_s = self._validation_s * ((self.max_steps - self.step) // self._between)
+        again = float(self._budget.fitted_again(self.step, self.max_steps, aside_s) or 0) if timed else 0.0
         for tries in range(1, TRIES + 1):
             loss = self.trainer.step(self.step, batch)
             shared = self.cluster.sum(tf.stack([loss, *signals, again]), name="step_outcome").numpy()
@@ -254,8 +259,9 @@ class TrainingLoop:
             shown[:] = shown or [membrane_overlay(image, probability)]
             return probability
 
-        mine = self.data.validation[self.cluster.rank :: self.cluster.size]
-        sums = self.cluster.sum(tf.constant(tally(predict, mine).sums), name="validation")
+        mine = self._validation[self.cluster.rank :: self.cluster.size]
+        shares = watched(mine, "slices validated", passing=True) if self.cluster.is_first else mine
+        sums = self.cluster.sum(tf.constant(tally(predict, shares).sums), name="validation")
         total = Tally(np.asarray(sums))
         threshold = total.best_threshold
         scores = total.at(threshold)
@@ -270,5 +276,5 @@ class TrainingLoop:
             if self.cluster.is_first:
                 self._best.save(self.step, **facts)
         if self.cluster.is_first and shown:
-            self.log.picture(self.step, self.data.validation[0].name, shown[0])
+            self.log.picture(self.step, self._validation[0].name, shown[0])
         return improved

@@ -26,6 +26,9 @@ _BLOCK_PX = 2048
 _AROUND_PX = -(-HALO // GRID) * GRID
 # What of the training slices chooses a threshold: so many of them, and of each a corner of at most this side.
 _CHOOSING, _CHOOSING_PX = 4, 1024
+# So many pixels are scored at each validation, and of a larger slice a square of this side: ten validations of a large
+# stack would take longer than its training.
+_VALIDATED_PX, _VALIDATED_SIDE_PX = 2**21, 1024
 # How far the neighbours of a threshold reach, and which difference of V_rand + V_info tells nothing.
 _NEAR, _AS_GOOD = 0.2, 0.02
 # The columns of a tally; all but the first are one value for each threshold.
@@ -159,6 +162,41 @@ def tally(
                 look(image[inner], label, probability)
         item.release()
     return Tally(sums, tuple(float(cut) for cut in thresholds))
+
+
+def sample(slices: Sequence[Slice]) -> list[Slice]:
+    """What of the validation slices is scored: all of them, or of many pixels a part, 2^21 pixels at most.
+
+    The part is of slices spread evenly over all, and of each that is larger than 1,024 x 1,024 pixels such a square:
+    the one with most annotated pixels, and of several the nearest to the middle.
+    """
+    if sum(item.label.size for item in slices) <= _VALIDATED_PX:
+        return list(slices)
+    largest = max(min(item.label.size, _VALIDATED_SIDE_PX**2) for item in slices)
+    count = min(len(slices), max(1, _VALIDATED_PX // largest))
+    return [_square(slices[(2 * place + 1) * len(slices) // (2 * count)]) for place in range(count)]
+
+
+def _square(item: Slice) -> Slice:
+    height, width = item.label.shape
+    side = _VALIDATED_SIDE_PX
+    if height <= side and width <= side:
+        return item
+
+    def merit(square: tuple[range, range]) -> tuple[int, int]:
+        rows, cols = square
+        label = item.label[rows.start : rows.stop, cols.start : cols.stop]
+        from_middle = abs(rows.start + rows.stop - height) + abs(cols.start + cols.stop - width)
+        return np.count_nonzero(label != NOT_ANNOTATED), -from_middle
+
+    rows, cols = max(((rows, cols) for rows in _spans(height, side) for cols in _spans(width, side)), key=merit)
+    item.release()
+    return item.part(rows, cols)
+
+
+def _spans(length: int, side: int) -> list[range]:
+    """Spans of a length of at most so many pixels each, side by side, the last one up to its end."""
+    return [range(max(0, min(start, length - side)), min(start + side, length)) for start in range(0, length, side)]
 
 
 def training_scores(predict: Predictor, training: Sequence[Slice]) -> Tally:

@@ -26,7 +26,7 @@ from train.model.network import build_unet
 from train.run.cluster import Cluster
 from train.run.folder import Run
 from train.run.log import RunLog, read_log
-from train.scoring import Tally
+from train.scoring import Tally, tally
 from train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
@@ -244,3 +244,19 @@ def test_a_run_ends_when_it_has_waited_long_enough_for_better_weights(
     assert [step for step, data in read_log(config.model_dir) if isinstance(step, int) and "v_rand" in data] == steps
     with pytest.raises(TrainError, match="give it a --validation_share"):
         tiny(patience=1)
+
+
+def test_of_a_large_validation_part_the_sample_is_scored(
+    tiny: Make, fit: Any, slices: list[Slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def noting(predict: Any, items: Any) -> Any:
+        items = list(items)
+        seen.extend(item.name for item in items)
+        return tally(predict, items)
+
+    monkeypatch.setattr("train.scoring._VALIDATED_PX", 2 * 96 * 96)
+    monkeypatch.setattr("train.loop.tally", noting)
+    fit(tiny(max_steps=1, validation_share=0.2), slices[:1], slices[1:])
+    assert seen == ["phantom[2]", "phantom[4]"]

@@ -13,7 +13,8 @@ from train.errors import TrainError
 from train.evaluation import average_over_symmetries, make_predictor
 from train.input.store import Slice
 from train.model.network import build_unet
-from train.scoring import Tally, tally, training_scores
+from train.scoring import Tally, sample, tally, training_scores
+from unet.phantom import synthetic_stack
 from unet.scores import score_stack
 
 Array = npt.NDArray[Any]
@@ -193,3 +194,49 @@ def test_tiles_of_every_size_give_one_answer(tmp_path: Path) -> None:
     assert answer.shape == image.shape
     assert answer.dtype == np.float32
     assert 0 < answer.min() < answer.max() < 1
+
+
+def test_few_validation_slices_are_all_scored(slices: list[Slice]) -> None:
+    chosen = sample(slices)
+    assert [one is other for one, other in zip(chosen, slices, strict=True)] == [True] * 5
+    assert sample([]) == []
+
+
+def test_of_many_validation_slices_some_are_scored() -> None:
+    plane = np.zeros((512, 512), np.uint8)
+    many = [Slice(f"x[{page}]", plane, plane) for page in range(64)]
+    assert [item.name for item in sample(many[:8])] == [f"x[{page}]" for page in range(8)]
+    assert [item.name for item in sample(many)] == [f"x[{page}]" for page in range(4, 64, 8)]
+    assert sample(many)[0] is many[4]
+
+
+def test_of_a_large_validation_slice_an_annotated_square_is_scored() -> None:
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (2500, 2100), np.uint8), np.full((2500, 2100), 255, np.uint8)
+    label[100:2300, 1100:2100] = rng.integers(0, 2, (2200, 1000))
+    (square,) = sample([Slice("x[0]", image, label)])
+    # The columns 1076 to 2100 have most, and of the rows 0, 1024 and 1476 the second has all annotated.
+    np.testing.assert_array_equal(square.image, image[1024 - 92 : 2048 + 92, 1076 - 92 :])
+    assert np.count_nonzero(square.label != 255) == 1024 * 1000
+    np.testing.assert_array_equal(square.label[92:-92, 92:], label[1024:2048, 1076:])
+    # All the same: the middle.
+    (square,) = sample([Slice("x[0]", image, np.ones((2500, 2100), np.uint8))])
+    assert np.count_nonzero(square.label != 255) == 1024**2
+    np.testing.assert_array_equal(square.image, image[1024 - 92 : 2048 + 92, 1024 - 92 : 2048 + 52])
+
+
+def test_a_square_scores_as_it_does_within_its_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = synthetic_stack(slices=1, size=400, seed=3)
+    monkeypatch.setattr("train.scoring._VALIDATED_PX", 1)
+    monkeypatch.setattr("train.scoring._VALIDATED_SIDE_PX", 200)
+
+    def around(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """An answer that depends on what is 90 pixels away."""
+        return (np.roll(image, -90, axis=0) / 255).astype(np.float32)
+
+    (square,) = sample([Slice("x[0]", images[0], labels[0])])
+    quarter = np.full_like(labels[0], 255)
+    quarter[:200, :200] = labels[0][:200, :200]
+    expected = tally(around, [Slice("x[0]", images[0], quarter)])
+    np.testing.assert_array_equal(tally(around, [square]).sums, expected.sums)
+    assert expected.sums[-1].tolist() == [200 * 200] * len(expected.thresholds)

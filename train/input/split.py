@@ -221,8 +221,5 @@ def _cut(item: Slice, rows: tuple[int, int] | None) -> Slice:
     """A band of a slice, with what the network sees around it; its label counts in the band alone."""
     if rows is None:
         return item
-    top, bottom = max(0, rows[0] - HALO), min(len(item.label), rows[1] + HALO)
-    label = np.full((bottom - top, item.label.shape[1]), NOT_ANNOTATED, np.uint8)
-    label[rows[0] - top : rows[1] - top] = item.label[rows[0] : rows[1]]
-    name = f"{item.name} rows {rows[0]} to {rows[1]}"
-    return dataclasses.replace(item, name=name, image=item.image[top:bottom], label=label, border=None)
+    band = item.part(range(*rows), range(item.label.shape[1]))
+    return dataclasses.replace(band, name=f"{item.name} rows {rows[0]} to {rows[1]}")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from train.model.border import border_weights
 from unet.errors import warn
+from unet.geometry import HALO
 from unet.intensity import WindowChoice, find_windows
 from unet.volume import BLOCK_PX, NOT_ANNOTATED, LabelOptions, check_pair, label_blocks, open_volume
 
@@ -43,6 +44,16 @@ class Slice:
     def annotated(self) -> bool:
         """Whether any pixel counts."""
         return any((rows != NOT_ANNOTATED).any() for rows in _row_blocks(self.label))
+
+    def part(self, rows: range, cols: range) -> Slice:
+        """A rectangle of it, with what the network sees around that; the label counts in the rectangle alone."""
+        height, width = self.label.shape
+        top, bottom = max(0, rows.start - HALO), min(height, rows.stop + HALO)
+        left, right = max(0, cols.start - HALO), min(width, cols.stop + HALO)
+        label = np.full((bottom - top, right - left), NOT_ANNOTATED, np.uint8)
+        inner = self.label[rows.start : rows.stop, cols.start : cols.stop]
+        label[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left] = inner
+        return Slice(self.name, self.image[top:bottom, left:right], label)
 
     def release(self) -> None:
         """Let the system take back the memory of what was read from files; it is read again when it is needed."""

@@ -94,19 +94,21 @@ class Budget:
         """Note how long a step took, validations and checkpoints left out."""
         self._latest.append(seconds)
 
-    def fitted_again(self, done: int, planned: int) -> int | None:
+    def fitted_again(self, done: int, planned: int, aside_s: float = 0.0) -> int | None:
         """The steps of the whole run, where the machine has become so slow or so fast that they must change; else None.
 
         Args:
             done: steps done so far.
             planned: steps of the whole run.
+            aside_s: what the validations that are left will take.
         """
         now = time.perf_counter()
         if self.open or len(self._latest) < _LATEST:
             return None
         step_s = sum(self._latest) / _LATEST
-        fits = min(self._limit, done + max(0, int((self._ends - now) / step_s)))
-        late_s = now + (planned - done) * step_s - self._ends
+        left_s = self._ends - now - aside_s
+        fits = min(self._limit, done + max(0, int(left_s / step_s)))
+        late_s = (planned - done) * step_s - left_s
         early_s = (fits - planned) * step_s
         if max(late_s, early_s) <= self._tolerated_s:
             return None

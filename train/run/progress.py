@@ -16,14 +16,15 @@ _Item = TypeVar("_Item")
 _LINE_EVERY_S = 10.0
 
 
-def watched(items: Sequence[_Item], what: str) -> Iterator[_Item]:
+def watched(items: Sequence[_Item], what: str, *, passing: bool = False) -> Iterator[_Item]:
     """The items, one after another: a bar on a terminal, and elsewhere a line every ten seconds.
 
     Args:
         items: the work.
         what: is done with them, as in "3 of 7 ...".
+        passing: whether the bar goes when they are done, for work within other work.
     """
-    with tqdm(items, unit="slice", disable=None) as bar:
+    with tqdm(items, unit="slice", disable=None, leave=not passing) as bar:
         said = time.monotonic()
         for done, item in enumerate(bar):
             if bar.disable and time.monotonic() - said >= _LINE_EVERY_S:

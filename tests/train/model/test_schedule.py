@@ -115,6 +115,9 @@ def test_a_tenth_more_than_the_budget_is_tolerated_and_no_more(tiny: Make, monke
     assert budget.fitted_again(0, 54) is None
     assert budget.fitted_again(0, 53) == 60
     assert budget.fitted_again(5, 58) == 65
+    # The validations that are left take their part.
+    assert budget.fitted_again(0, 57, aside_s=9.0) is None
+    assert budget.fitted_again(0, 58, aside_s=9.0) == 51
     # What the run was limited to stays its limit.
     assert budget.fitted_again(960, 995) is None
     assert budget.fitted_again(950, 970) == 1000
@@ -124,7 +127,7 @@ def test_a_run_on_a_machine_that_becomes_slower_ends_in_order(
     tiny: Make, fit: Callable[..., object], slices: list[Slice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Budget, "fitted", lambda self, done: 40 if done == 4 else None)
-    monkeypatch.setattr(Budget, "fitted_again", lambda self, done, planned: 9 if done == 6 else None)
+    monkeypatch.setattr(Budget, "fitted_again", lambda self, done, *_: 9 if done == 6 else None)
     config = tiny(max_steps=1_000_000, max_minutes=60.0, lr_schedule="cosine")
     fit(config, slices)
     steps = [step for step, data in read_log(config.model_dir) if isinstance(step, int) and "loss" in data]
@@ -138,7 +141,7 @@ def test_a_run_that_was_fitted_to_a_time_validates_as_often_as_another(
     tiny: Make, fit: Callable[..., object], slices: list[Slice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Budget, "fitted", lambda self, done: 210 if done == 4 else None)
-    monkeypatch.setattr(Budget, "fitted_again", lambda self, done, planned: None)
+    monkeypatch.setattr(Budget, "fitted_again", lambda self, done, *_: None)
     config = tiny(max_steps=1_000_000_000, max_minutes=60.0, validation_share=0.2)
     fit(config, slices[1:], slices[:1])
     assert [step for step, data in read_log(config.model_dir) if "threshold" in data] == [100, 200, 210]
