@@ -260,8 +260,8 @@ class TrainingLoop:
             return probability
 
         mine = self._validation[self.cluster.rank :: self.cluster.size]
-        shares = watched(mine, "slices validated", passing=True) if self.cluster.is_first else mine
-        sums = self.cluster.sum(tf.constant(tally(predict, shares).sums), name="validation")
+        found = tally(predict, watched(mine, "validation slices scored", passing=True))
+        sums = self.cluster.sum(tf.constant(found.sums), name="validation")
         total = Tally(np.asarray(sums))
         threshold = total.best_threshold
         scores = total.at(threshold)

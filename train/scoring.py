@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from train.run.progress import watched
 from unet.geometry import GRID, HALO
 from unet.scores import THRESHOLDS, v_rand_v_info
 from unet.volume import NOT_ANNOTATED
@@ -212,7 +213,7 @@ def training_scores(predict: Predictor, training: Sequence[Slice]) -> Tally:
     corner = (slice(_CHOOSING_PX), slice(_CHOOSING_PX))
     chosen = [training[len(training) * part // count] for part in range(count)]
     corners = [replace(item, image=item.image[corner], label=item.label[corner]) for item in chosen]
-    return tally(predict, corners)
+    return tally(predict, watched(corners, "training slices scored", passing=True))
 
 
 def _blocks(item: Slice) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], tuple[slice, slice]]]:

@@ -135,6 +135,19 @@ def test_a_network_that_tells_nothing_apart_is_known(low: float, high: float, bl
     assert found.is_blank is blank
 
 
+def test_a_network_that_says_0_of_some_pixels_tells_nothing_apart_if_no_threshold_does() -> None:
+    label = np.ones((20, 20), np.uint8)
+    label[:, 5] = 0
+    item = Slice("a", np.zeros((20, 20), np.uint8), label)
+    assert tally(lambda image: np.where(label == 0, 0, 0.05).astype(np.float32), [item]).is_blank
+
+
+def test_no_membrane_where_there_is_none_is_right() -> None:
+    label = np.ones((20, 20), np.uint8)
+    found = tally(lambda image: np.ones(image.shape, np.float32), [Slice("cell", label, label)])
+    assert found.at(0.5)["dice"] == 1
+
+
 def test_without_cells_the_membrane_decides() -> None:
     label = np.zeros((20, 20), np.uint8)
     item = Slice("membrane", np.zeros((20, 20), np.uint8), label)
@@ -156,6 +169,10 @@ def test_a_large_slice_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     # Each pixel is predicted from the same surroundings, so what is counted by pixels is the same.
     np.testing.assert_allclose(blocks.sums[3:], whole.sums[3:], atol=2)
     assert blocks.sums[0].max() == 4
+    monkeypatch.setattr("train.scoring._BLOCK_PX", 96)
+    blocks = tally(predict, [item])
+    np.testing.assert_allclose(blocks.sums[3:], whole.sums[3:], atol=2)
+    assert blocks.sums[0].max() == 12
 
 
 def test_a_network_that_answers_with_no_number_is_refused(slices: list[Slice]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from train.model.border import border_weights
+from train.run.progress import watched
 from unet.errors import warn
 from unet.geometry import HALO
 from unet.intensity import WindowChoice, find_windows
@@ -118,7 +119,7 @@ def load_stack(
         images = planes(shape, np.uint8, in_memory=in_memory)
         windows = find_windows(reader, window)
         step = max(1, BLOCK_PX // reader.width)
-        for page in range(len(reader)):
+        for page in watched(range(len(reader)), f"slices of {pair[0].name} decoded", passing=True):
             for row0 in range(0, reader.height, step):
                 row1 = min(reader.height, row0 + step)
                 images[page, row0:row1] = windows.apply(page, reader.rows(page, row0, row1))
@@ -134,7 +135,7 @@ def load_stack(
         Slice(f"{pair[0].name}[{page}]", images[page], labels[page], None if borders is None else borders[page])
         for page in range(len(images))
     ]
-    for item in slices:
+    for item in watched(slices, "slices weighted by their cells' borders", passing=True):
         if item.border is not None:
             _draw_border(item.label, item.border, border_weight)
         item.release()

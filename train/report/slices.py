@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from train.run.progress import watched
 from train.scoring import Tally, tally
 from unet.page import picture
 from unet.scores import thinned_segments
@@ -16,7 +17,7 @@ from unet.volume import NOT_ANNOTATED
 from unet.volume.overlay import shrink_factor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from train.evaluation import Predictor
     from train.input.store import Slice
@@ -116,7 +117,7 @@ class Scored:
     sums: npt.NDArray[np.float64] = field(repr=False)
 
 
-def score_slices(predict: Predictor, slices: Iterable[Slice], threshold: float, prefix: str = "") -> list[Scored]:
+def score_slices(predict: Predictor, slices: Sequence[Slice], threshold: float, prefix: str = "") -> list[Scored]:
     """Score slices one by one; the worst come first, and only the worst `PICTURED` keep their pictures.
 
     Args:
@@ -129,7 +130,7 @@ def score_slices(predict: Predictor, slices: Iterable[Slice], threshold: float, 
         TrainError: if the network's answer is not a number.
     """
     found: list[Scored] = []
-    for item in slices:
+    for item in watched(slices, "slices scored"):
         marks = Marks(threshold)
         scores = tally(predict, [item], look=marks.add)
         found.append(Scored(prefix + item.name, scores.at(threshold), scores.order(threshold), marks, scores.sums))

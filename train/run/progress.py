@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,17 +18,18 @@ _LINE_EVERY_S = 10.0
 
 
 def watched(items: Sequence[_Item], what: str, *, passing: bool = False) -> Iterator[_Item]:
-    """The items, one after another: a bar on a terminal, and elsewhere a line every ten seconds.
+    """The items, one after another: of the first rank a bar on a terminal, and elsewhere a line every ten seconds.
 
     Args:
         items: the work.
         what: is done with them, as in "3 of 7 ...".
         passing: whether the bar goes when they are done, for work within other work.
     """
-    with tqdm(items, unit="slice", disable=None, leave=not passing) as bar:
+    first = os.environ.get("HOROVOD_RANK", "0") == "0"
+    with tqdm(items, unit="slice", disable=None if first else True, leave=not passing) as bar:
         said = time.monotonic()
         for done, item in enumerate(bar):
-            if bar.disable and time.monotonic() - said >= _LINE_EVERY_S:
+            if first and bar.disable and time.monotonic() - said >= _LINE_EVERY_S:
                 say(f"{done} of {len(items)} {what}")
                 said = time.monotonic()
             yield item

@@ -30,6 +30,11 @@ def test_the_cosine_ends_where_the_run_ends(tiny: Make) -> None:
     assert [round(float(rate(tf.constant(step))), 4) for step in (10, 20)] == [0.5, 0.0]
 
 
+def test_the_rate_rises_over_the_first_steps_and_is_never_0(tiny: Make) -> None:
+    rate = Schedule(tiny(learning_rate=1.0, lr_schedule="cosine", max_steps=10**6, lr_warmup_steps=4))
+    assert [float(rate(tf.constant(done))) for done in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
 @pytest.mark.parametrize("first", [0, 500])
 def test_the_steps_fill_the_budget(tiny: Make, first: int) -> None:
     budget = Budget(tiny(max_steps=100_000, max_minutes=0.5), first)

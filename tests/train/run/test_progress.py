@@ -17,3 +17,12 @@ def test_without_a_terminal_long_work_says_lines(
 def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(watched(range(3), "numbers read")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_of_several_ranks_the_first_one_says_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("train.run.progress._LINE_EVERY_S", 0.0)
+    monkeypatch.setenv("HOROVOD_RANK", "1")
+    assert list(watched("abc", "letters read")) == ["a", "b", "c"]
+    assert capsys.readouterr() == ("", "")
