@@ -10,6 +10,8 @@ PROFILE ?= cpu
 
 HOROVOD := 0.28.1
 TORCH := torch==2.13.0
+MUTMUT := mutmut==3.8.1
+COSMIC_RAY := cosmic-ray==8.7.0
 EXTRAS := train,export,serve,zarr,n5,http,s3,gs,hdf5,mrc,dask,int8,bioimageio,otlp,sign,docs,dev
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unet-medical-triton
 LOGS := .cache/install
@@ -173,6 +175,15 @@ mutation: install  ## small changes of our own code, each of which a test must n
 	@$(INSTALL) $(MUTMUT)
 	@$(BIN)/python -m mutmut run $(MUTATION_FLAGS)
 	@$(BIN)/python -m mutmut results
+
+# cosmic-ray starts a process for each change, and changes the files in place: so in a copy of the last commit.
+.PHONY: mutation-tensorflow
+mutation-tensorflow: install  ## the same of the trainer's losses, schedule and scores, which run TensorFlow (cosmic-ray, two hours)
+	@$(INSTALL) $(COSMIC_RAY)
+	@rm -rf .cache/mutation && git clone --quiet . .cache/mutation
+	@cd .cache/mutation && export PYTHONPATH="$$PWD" PATH="$(CURDIR)/$(BIN):$$PATH" && mutants=tests/train/mutants.toml && \
+	cosmic-ray init $$mutants mutants.sqlite && cr-filter-operators mutants.sqlite $$mutants && \
+	cosmic-ray exec $$mutants mutants.sqlite && cr-report --surviving-only --show-diff mutants.sqlite
 
 .PHONY: torture-shards
 torture-shards: install  ## 200 SIGKILLs of tasks, workers, clients and schedulers; every byte compared (TORTURE_FLAGS=)

@@ -148,7 +148,7 @@ class TrainConfig:
 
     def steps_between_validations(self, steps: int) -> int:
         """``evaluate_every``, or what it stands for in a run of so many steps, which may have been fitted to a time."""
-        return self.evaluate_every or max(100, steps // 10)
+        return self.evaluate_every or max(100, -(-steps // 10))
 
     def for_ranks(self, ranks: int) -> TrainConfig:
         """The same settings with `batch_size` as each of so many ranks takes it.

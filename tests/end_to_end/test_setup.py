@@ -67,3 +67,14 @@ def test_the_lock_is_the_constraints_with_hashes(project_root: Path) -> None:
     lock = (project_root / "constraints.lock").read_text(encoding="utf-8")
     plain = re.sub(r" \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", "\n", lock)
     assert plain == (project_root / "constraints.txt").read_text(encoding="utf-8"), "run `make constraints`"
+
+
+def test_no_target_of_make_uses_a_variable_that_nothing_sets(project_root: Path) -> None:
+    """Flags, a choice and the cache's place may be given by whoever calls; a package that is nowhere named is a fault."""
+    targets = re.findall(r"^([a-z0-9-]+):.*  ## ", (project_root / "Makefile").read_text(), re.MULTILINE)
+    command = ["make", "--dry-run", "--warn-undefined-variables", *targets]
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, check=False)
+    undefined = set(re.findall(r"undefined variable '(\w+)'", done.stderr))
+    given = {"BACKGROUND", "XDG_CACHE_HOME", *(name for name in undefined if name.endswith("_FLAGS"))}
+    assert undefined <= given
+    assert len(targets) > 20

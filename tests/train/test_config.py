@@ -59,7 +59,7 @@ def test_which_commands_train(flags: list[str], trains: bool) -> None:
 
 def test_the_steps_between_validations_follow_the_run() -> None:
     config = parse_config([])
-    assert [config.steps_between_validations(steps) for steps in (4, 1999, 5000)] == [100, 199, 500]
+    assert [config.steps_between_validations(steps) for steps in (4, 1991, 5000)] == [100, 200, 500]
     assert parse_config(["--evaluate_every=7"]).steps_between_validations(5000) == 7
 
 

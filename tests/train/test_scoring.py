@@ -155,6 +155,8 @@ def test_without_cells_the_membrane_decides() -> None:
     assert np.isnan(found.v_rand).all()
     assert found.best_threshold == 0.5
     assert found.at(0.2)["dice"] == 0
+    # As much as V_rand + V_info of a perfect proposal: networks, and slices, are compared by it.
+    assert (found.order(0.2), found.order(0.3), found.highest) == (0, 2, 2)
 
 
 def test_a_large_slice_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +175,17 @@ def test_a_large_slice_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     blocks = tally(predict, [item])
     np.testing.assert_allclose(blocks.sums[3:], whole.sums[3:], atol=2)
     assert blocks.sums[0].max() == 12
+    # Blocks that nobody annotated are not predicted at all.
+    label = np.full_like(item.label, 255)
+    label[100:110, 200:210] = 1
+    predicted: list[tuple[int, ...]] = []
+
+    def noting(image: Array) -> Array:
+        predicted.append(image.shape)
+        return np.zeros(image.shape, np.float32)
+
+    tally(noting, [Slice("a few", image, label)])
+    assert len(predicted) == 1
 
 
 def test_a_network_that_answers_with_no_number_is_refused(slices: list[Slice]) -> None:

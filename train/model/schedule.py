@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 UNTIMED_STEPS = 3
 TIMED_STEPS = 20
 TIMED_S = 5.0
-# A run that will end by this share of its time too late or too early has its steps fitted once more. The latest of this
-# many steps say how long one takes now.
+# A run that will end by this share of its time too late or too early has its steps fitted once more. How long a step
+# takes now is the mean of the latest ones, so many and over this share of the time: of a few, one pause would change
+# everything.
 TOLERATED = 0.1
-_LATEST = 10
+_LATEST, _LATEST_SHARE = 10, 0.05
 
 
 class Schedule(tf.keras.optimizers.schedules.LearningRateSchedule):
@@ -72,7 +73,8 @@ class Budget:
         self._since = 0.0
         self.step_s = 0.0
         self._tolerated_s = config.max_minutes * 60 * TOLERATED
-        self._latest: deque[float] = deque(maxlen=_LATEST)
+        self._latest: deque[float] = deque()
+        self._latest_s = config.max_minutes * 60 * _LATEST_SHARE
 
     def fitted(self, done: int) -> int | None:
         """The steps of the whole run, once enough of them are timed; None before.
@@ -91,8 +93,12 @@ class Budget:
         return max(done, min(self._limit, done + left))
 
     def took(self, seconds: float) -> None:
-        """Note how long a step took, validations and checkpoints left out."""
+        """Note how long a step took, validations and checkpoints left out. The first ones compile, and say nothing."""
+        if self.open:
+            return
         self._latest.append(seconds)
+        while len(self._latest) > _LATEST and sum(self._latest) - self._latest[0] >= self._latest_s:
+            self._latest.popleft()
 
     def fitted_again(self, done: int, planned: int, aside_s: float = 0.0) -> int | None:
         """The steps of the whole run, where the machine has become so slow or so fast that they must change; else None.
@@ -103,9 +109,9 @@ class Budget:
             aside_s: what the validations that are left will take.
         """
         now = time.perf_counter()
-        if self.open or len(self._latest) < _LATEST:
+        if len(self._latest) < _LATEST or sum(self._latest) < self._latest_s:
             return None
-        step_s = sum(self._latest) / _LATEST
+        step_s = sum(self._latest) / len(self._latest)
         left_s = self._ends - now - aside_s
         fits = min(self._limit, done + max(0, int(left_s / step_s)))
         late_s = (planned - done) * step_s - left_s
@@ -113,4 +119,5 @@ class Budget:
         if max(late_s, early_s) <= self._tolerated_s:
             return None
         self.step_s = step_s
+        self._latest.clear()
         return fits

@@ -27,7 +27,12 @@ def test_the_cosine_ends_where_the_run_ends(tiny: Make) -> None:
     rate = tf.function(schedule)
     assert float(rate(tf.constant(10))) > 0.99
     schedule.max_steps.assign(20)
-    assert [round(float(rate(tf.constant(step))), 4) for step in (10, 20)] == [0.5, 0.0]
+    assert [round(float(rate(tf.constant(step))), 4) for step in (10, 20, 30)] == [0.5, 0.0, 0.0]
+
+
+def test_the_exponential_rate_falls_by_stairs(tiny: Make) -> None:
+    rate = Schedule(tiny(learning_rate=1.0, lr_schedule="exponential", decay_rate=0.5, decay_steps=2))
+    assert [float(rate(tf.constant(done))) for done in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
 
 
 def test_the_rate_rises_over_the_first_steps_and_is_never_0(tiny: Make) -> None:
@@ -79,8 +84,24 @@ def test_a_machine_that_becomes_slower_takes_fewer_steps_and_gets_them_back(
     done = steps(20, 0.5, done)
     assert planned > before + 20
     assert clock[0] + (planned - done) * 0.5 == pytest.approx(120, rel=0.1)
+    # One that stood still beyond the end takes no more steps than tell how long one takes.
     clock[0] = 500.0
-    assert budget.fitted_again(done, planned) == done
+    before = done
+    while done < planned:
+        done = steps(1, 0.5, done)
+    assert done <= before + 12
+
+
+def test_a_step_time_that_jitters_changes_nothing(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, planned = [0.0], 1800
+    monkeypatch.setattr("train.model.schedule.time.perf_counter", lambda: clock[0])
+    budget = Budget(tiny(max_steps=100_000, max_minutes=3.0), 0)
+    budget.open = False
+    for done in range(1, 1700):
+        seconds = 0.05 if done // 20 % 2 else 0.15
+        clock[0] += seconds
+        budget.took(seconds)
+        assert budget.fitted_again(done, planned) is None
 
 
 def test_a_budget_is_open_until_enough_steps_are_timed(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,11 +115,14 @@ def test_a_budget_is_open_until_enough_steps_are_timed(tiny: Make, monkeypatch: 
         clock[0] += seconds
         assert budget.fitted(done) == fitted
     assert budget.step_s == 6.0
-    # As long as it is open nothing is taken away.
+    # As long as it is open nothing is taken away, and the first steps say nothing of later ones.
     for _ in range(20):
         budget.took(1000.0)
     assert budget.fitted_again(11, 18) is None
     budget.open = False
+    assert budget.fitted_again(11, 18) is None
+    for _ in range(10):
+        budget.took(1000.0)
     assert budget.fitted_again(11, 18) == 11
     assert budget.step_s == 1000.0
     clock[0] = 1000.0
@@ -107,25 +131,22 @@ def test_a_budget_is_open_until_enough_steps_are_timed(tiny: Make, monkeypatch: 
 
 def test_a_tenth_more_than_the_budget_is_tolerated_and_no_more(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.model.schedule.time.perf_counter", lambda: 0.0)
-    budget = Budget(tiny(max_steps=1000, max_minutes=1.0), 0)
-    budget.open = False
-    for _ in range(9):
-        budget.took(1.0)
-    assert budget.fitted_again(0, 1000) is None
-    budget.took(1.0)
-    assert budget.fitted_again(0, 66) is None
-    assert budget.fitted_again(0, 67) == 60
-    assert budget.fitted_again(5, 72) == 65
+
+    def again(done: int, planned: int, aside_s: float = 0.0, steps: int = 10) -> int | None:
+        budget = Budget(tiny(max_steps=1000, max_minutes=1.0), 0)
+        budget.open = False
+        for _ in range(steps):
+            budget.took(1.0)
+        return budget.fitted_again(done, planned, aside_s)
+
+    assert again(0, 1000, steps=9) is None
+    assert [again(*steps) for steps in ((0, 66), (0, 67), (5, 72))] == [None, 60, 65]
     # So is a tenth less.
-    assert budget.fitted_again(0, 54) is None
-    assert budget.fitted_again(0, 53) == 60
-    assert budget.fitted_again(5, 58) == 65
+    assert [again(*steps) for steps in ((0, 54), (0, 53), (5, 58))] == [None, 60, 65]
     # The validations that are left take their part.
-    assert budget.fitted_again(0, 57, aside_s=9.0) is None
-    assert budget.fitted_again(0, 58, aside_s=9.0) == 51
+    assert [again(0, planned, aside_s=9.0) for planned in (57, 58)] == [None, 51]
     # What the run was limited to stays its limit.
-    assert budget.fitted_again(960, 995) is None
-    assert budget.fitted_again(950, 970) == 1000
+    assert [again(*steps) for steps in ((960, 995), (950, 970))] == [None, 1000]
 
 
 def test_a_run_on_a_machine_that_becomes_slower_ends_in_order(
