@@ -70,7 +70,7 @@ def test_the_lock_is_the_constraints_with_hashes(project_root: Path) -> None:
 
 
 def test_no_target_of_make_uses_a_variable_that_nothing_sets(project_root: Path) -> None:
-    """Flags, a choice and the cache's place may be given by whoever calls; a package that is nowhere named is a fault."""
+    """Flags, a choice and the cache's place may be given by whoever calls; a package that is nowhere named may not."""
     targets = re.findall(r"^([a-z0-9-]+):.*  ## ", (project_root / "Makefile").read_text(), re.MULTILINE)
     command = ["make", "--dry-run", "--warn-undefined-variables", *targets]
     done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, check=False)

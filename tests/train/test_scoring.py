@@ -86,9 +86,10 @@ def test_a_threshold_that_its_neighbours_do_not_support_is_not_taken(which: int)
     assert curves(*scores).best_threshold == 0.5
 
 
-def test_a_threshold_that_is_much_better_is_taken_whatever_its_neighbours_are() -> None:
+@pytest.mark.parametrize("others", [0.1, 0.88])
+def test_a_threshold_that_is_better_is_taken_whatever_its_neighbours_are(others: float) -> None:
     """A network that was trained shortly answers with probabilities near one value."""
-    narrow = [0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.0]
+    narrow = [0.0, *[others] * 6, 0.9, *[others] * 2, 0.0]
     assert curves(narrow, narrow).best_threshold == 0.7
 
 
