@@ -55,5 +55,5 @@ def test_an_image_of_a_few_annotated_pixels_weighs_less() -> None:
     weights[0, 0, :16] = 1  # a quarter of the sixteenth that counts in full
     assert float(segmentation_loss(logits, labels, weights, "cross_entropy")) == pytest.approx(np.log(2) / 4)
     # However many images there are.
-    logits, labels, weights = (np.repeat(values, 3, axis=0) for values in (logits, labels, weights))
-    assert float(segmentation_loss(logits, labels, weights, "cross_entropy")) == pytest.approx(np.log(2) / 4)
+    answers, truth, costs = (np.repeat(values, 3, axis=0) for values in (logits, labels, weights))
+    assert float(segmentation_loss(answers, truth, costs, "cross_entropy")) == pytest.approx(np.log(2) / 4)
