@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from train.config import FOLDS, read_settings
 from train.input.pairs import find_pairs
+from train.run.progress import is_first_rank
 from unet.errors import say
 from unet.geometry import valid_size_for
 from unet.machine import run_tool
@@ -122,7 +122,7 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
         # The mode alone is a command's and not a run's.
         return {"exec_mode": read_settings(record)["exec_mode"], **given, "max_minutes": minutes}
     settings, facts = fitted(given, minutes)
-    if os.environ.get("HOROVOD_RANK", "0") == "0":
+    if is_first_rank():
         new = {name: value for name, value in settings.items() if name not in given and value != _NO_LIMIT}
         chosen = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in new.items())
         say(f"{facts}; so, where nothing else is asked for: {chosen}")

@@ -17,6 +17,11 @@ _Item = TypeVar("_Item")
 _LINE_EVERY_S = 10.0
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks for all ranks; known before TensorFlow and Horovod are loaded."""
+    return os.environ.get("HOROVOD_RANK", "0") == "0"
+
+
 def watched(items: Sequence[_Item], what: str, *, passing: bool = False) -> Iterator[_Item]:
     """The items, one after another: of the first rank a bar on a terminal, and elsewhere a line every ten seconds.
 
@@ -25,7 +30,7 @@ def watched(items: Sequence[_Item], what: str, *, passing: bool = False) -> Iter
         what: is done with them, as in "3 of 7 ...".
         passing: whether the bar goes when they are done, for work within other work.
     """
-    first = os.environ.get("HOROVOD_RANK", "0") == "0"
+    first = is_first_rank()
     with tqdm(items, unit="slice", disable=None if first else True, leave=not passing) as bar:
         said = time.monotonic()
         for done, item in enumerate(bar):
