@@ -173,6 +173,16 @@ def test_a_run_that_was_fitted_to_a_time_validates_as_often_as_another(
     assert [step for step, data in read_log(config.model_dir) if "threshold" in data] == [100, 200, 210]
 
 
+def test_the_validations_that_are_left_are_counted_once_one_was_timed(
+    tiny: Make, fit: Callable[..., object], slices: list[Slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[bool] = []
+    monkeypatch.setattr(Budget, "fitted", lambda self, done: None)
+    monkeypatch.setattr(Budget, "fitted_again", lambda self, done, planned, aside_s: left.append(aside_s > 0))
+    fit(tiny(max_steps=6, max_minutes=60.0, evaluate_every=2, validation_share=0.2), slices[1:], slices[:1])
+    assert left == [False, False, True, True, True, False]
+
+
 def test_the_limit_stays_a_limit(tiny: Make) -> None:
     budget = Budget(tiny(max_steps=30, max_minutes=60.0), 0)
     assert [budget.fitted(done) for done in range(1, 24)][-1] == 30
