@@ -176,3 +176,19 @@ def test_pixels_that_nobody_annotated_count_nowhere() -> None:
     for says in (0.0, 0.99):
         found[10:13] = says
         assert score_agglomerated(found[np.newaxis], truth[np.newaxis], 0.5, 0.2) == pytest.approx((1.0, 1.0), abs=1e-6)
+
+
+def test_the_first_piece_is_a_neighbour_like_the_others() -> None:
+    """From whichever side: the first cell of a slice may lie above, below, or to either side of the second."""
+    for turned in (two_cells(0.85), two_cells(0.85).T, np.ascontiguousarray(two_cells(0.85)[:, ::-1])):
+        assert agglomerate(turned, 0.5, 0.2)[1] == 1
+    # The upper right cell is met first, and lies to the right of the other one along the gap.
+    found = np.full((20, 41), 0.01, np.float32)
+    found[:, 21:] = found[5:, :20] = 0.99
+    found[10:13, 20] = 0.85
+    assert agglomerate(found, 0.5, 0.2)[1] == 1
+
+
+def test_everything_may_be_one_cell() -> None:
+    assert agglomerate(two_cells(0.01 + 0.5), 0.5, 1)[1] == 1
+    check_limit(0.0, 0.9)

@@ -224,3 +224,10 @@ def test_a_large_slice_takes_little_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * page.size
+
+
+def test_windows_in_words() -> None:
+    assert str(Windows((None, None))) == "as they are"
+    assert str(Windows(((1, 2.5), (1, 2.5)))) == "1 to 2.5"
+    assert str(Windows(((1, 2.5), (3, 65535)), "channel")) == "1 to 2.5; 3 to 65535 by channel"
+    assert str(Windows(((1, 2.5), (0, 2)), "slice")) == "0 to 2.5, each slice by its own percentiles"

@@ -288,3 +288,35 @@ def test_the_published_checks_on_the_real_labels(isbi_dir: Path) -> None:
         digits = 5e-5 if name != "all foreground" else 5e-4
         assert scores.best_v_rand == pytest.approx(v_rand, abs=digits), name
         assert scores.best_v_info == pytest.approx(v_info, abs=digits), name
+
+
+def test_the_scores_of_pixels_are_at_the_threshold_that_was_asked_for() -> None:
+    probability = np.where(TRUTH, 0.65, 0.25)[np.newaxis]
+    for threshold, error, overlap in ((0.5, 0.0, 1.0), (0.75, TRUTH.mean(), 2 / (1 + 1 / (~TRUTH).mean()))):
+        scores = score_stack(probability, TRUTH[np.newaxis], threshold=threshold)
+        assert (scores.threshold, scores.pixel_error) == (threshold, pytest.approx(error))
+        assert scores.dice == pytest.approx(overlap)
+
+
+def test_a_slice_is_no_stack_and_one_annotated_pixel_counts() -> None:
+    with pytest.raises(UnetError, match="cannot be scored against"):
+        score_stack(np.ones(TRUTH.shape), TRUTH)
+    labels = np.full((1, 2, 2), 255, np.uint8)
+    labels[0, 0, 0] = 1
+    assert pixel_error(np.zeros((1, 2, 2)), labels) == 1.0
+
+
+def test_a_proposal_of_another_shape_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tifffile.imwrite(tmp_path / "p.tif", np.ones((2, 4, 9), np.float32), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "l.tif", TRUTH * np.uint8(255), photometric="minisblack")
+    assert main([str(tmp_path / "p.tif"), str(tmp_path / "l.tif")]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {tmp_path / 'p.tif'} is (2, 4, 9) but {tmp_path / 'l.tif'} is (1, 4, 9)\n"
+
+
+def test_the_threshold_of_the_command_cuts_the_proposal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tifffile.imwrite(tmp_path / "p.tif", np.where(TRUTH, 0.65, 0.25).astype(np.float32), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "l.tif", TRUTH * np.uint8(255), photometric="minisblack")
+    assert main([str(tmp_path / "p.tif"), str(tmp_path / "l.tif"), "--threshold", "0.75", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["threshold"], found["pixel_error"]) == (0.75, pytest.approx(TRUTH.mean()))

@@ -43,6 +43,20 @@ def test_figures_by_hand() -> None:
     assert result.flipped_share == pytest.approx(1 / 48)
     assert (result.worst_tile, result.tiles) == (1, 3)
     assert result.accepted
+    assert result.as_dict() == {
+        "step": "step",
+        "against": "parent",
+        "quantity": "probability",
+        "max_difference": 0.5,
+        "max_accepted": ANY.max_difference,
+        "mean_difference": result.mean_difference,
+        "flipped_share": result.flipped_share,
+        "flipped_accepted": ANY.flipped_share,
+        "worst_tile": 1,
+        "tiles": 3,
+        "accepted": True,
+        "reason": ANY.reason,
+    }
 
 
 def test_logits_are_relative_to_the_largest_and_flip_by_the_larger_class() -> None:
@@ -140,6 +154,8 @@ def test_several_comparisons_are_told_by_the_worst_of_each_figure() -> None:
     found = worst("all", [*rows, far_off])
     assert (found.step, found.max_difference) == ("all", far_off.max_difference)
     assert (far_off.flipped_share, found.flipped_share) == (0, 1)
+    assert found.mean_difference == far_off.mean_difference > rows[1].mean_difference > 0
+    assert worst("all", rows[::-1]).mean_difference == rows[1].mean_difference
 
 
 def test_answers_in_another_order_are_told_from_those_that_are_only_coarse() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from train.config import FOLDS, TrainConfig
 from train.errors import TrainError
-from train.input.split import fold_of, load_data, split_stack
+from train.input.split import Data, Part, StackSplit, fold_of, load_data, recorded_splits, split_stack
 from train.input.store import load_stack
 from unet.geometry import HALO
 from unet.phantom import synthetic_stack
@@ -79,6 +79,53 @@ def test_few_slices_are_divided_by_rows_with_a_gap_as_wide_as_the_network_sees(
         assert after[0] - before[1] >= HALO
 
 
+@pytest.mark.parametrize(
+    ("height", "fold", "share", "held_out", "validation"),
+    [
+        (1000, -1, 0.1, None, (900, 1000)),
+        (1000, -1, 0.0, None, None),
+        (1000, 0, 0.0, (0, 200), None),
+        (1000, 0, 0.1, (0, 200), (292, 392)),
+        (1000, 1, 0.108, (200, 400), (0, 108)),
+        (1000, 1, 0.109, (200, 400), (492, 601)),
+        (1000, 4, 0.001, (800, 1000), (676, 708)),
+        # Both parts and their gaps would leave 54 of 340 rows to train on.
+        (340, 0, 0.1, (0, 68), None),
+    ],
+)
+def test_the_bands_of_few_slices(
+    height: int, fold: int, share: float, held_out: tuple[int, int] | None, validation: tuple[int, int] | None
+) -> None:
+    split = split_stack("x", 2, height, fold, share)
+    assert split.held_out == (Part((0, 1), held_out) if held_out else Part())
+    assert split.validation == (Part((0, 1), validation) if validation else Part())
+
+
+def test_a_fold_that_leaves_less_than_a_quarter_to_train_on_is_refused() -> None:
+    with pytest.raises(TrainError, match="x has 3 slices of 250 rows, too few for folds"):
+        split_stack("x", 3, 250, 2, 0.0)
+
+
+def test_what_a_run_records_of_its_parts_gives_them_again() -> None:
+    splits = {
+        "a": StackSplit(Part((1, 2)), Part((4,))),
+        "b": StackSplit(Part((0, 1), (0, 50)), Part((0, 1), (142, 180))),
+        "c": StackSplit(),
+    }
+    record = Data(splits=splits).record()
+    assert record == {
+        "stacks": ["a", "b", "c"],
+        "pixel_size_nm": {},
+        "held_out": {"a": [1, 2]},
+        "held_out_rows": {"b": [0, 50]},
+        "validation": {"a": [4]},
+        "validation_rows": {"b": [142, 180]},
+    }
+    assert recorded_splits(record, {"a": 9, "b": 2, "c": 7}) == splits
+    # A stack that is not there has no pages.
+    assert recorded_splits(record, {"a": 9})["b"].held_out == Part((), (0, 50))
+
+
 @pytest.mark.parametrize("fold", [0, 4])
 def test_training_sees_no_label_of_the_other_parts(tiny: Make, write: Callable[..., Path], fold: int) -> None:
     images, labels = synthetic_stack(slices=2, size=600, seed=2)
@@ -128,7 +175,7 @@ def test_training_does_not_see_what_is_held_out(tiny: Make, phantom_dir: Path) -
 def test_too_few_slices_for_folds_are_refused(tiny: Make, write: Callable[..., Path]) -> None:
     images, labels = synthetic_stack(slices=3, size=128, seed=2)
     folder = write(images, labels)
-    with pytest.raises(TrainError, match="has 3 slices of 128 rows, too few for folds: annotate 5 or more"):
+    with pytest.raises(TrainError, match=r"^train-volume\.tif has 3 slices of 128 rows, too few for folds: annotate 5"):
         load_data(tiny(data_dir=str(folder), crossvalidation_idx=0))
     data = load_data(tiny(data_dir=str(folder), validation_share=0.2))
     assert (len(data.training), len(data.validation)) == (3, 0)  # no room for a gap
@@ -137,8 +184,11 @@ def test_too_few_slices_for_folds_are_refused(tiny: Make, write: Callable[..., P
 def test_a_stack_of_the_run_that_is_missing_is_named(tiny: Make) -> None:
     with pytest.raises(TrainError, match=r"has no b-volume\.tif, on which the run was trained"):
         load_data(tiny(), {"stacks": ["b-volume.tif"], "settings": {}})
-    with pytest.raises(TrainError, match="is of a stack of 5 pages, but the run held out 9"):
-        load_data(tiny(), {"stacks": ["train-volume.tif"], "held_out": {"train-volume.tif": [9]}})
+    for page in (5, 9):
+        with pytest.raises(
+            TrainError, match=rf"volume\.tif\[0\] is of a stack of 5 pages, but the run held out {page}"
+        ):
+            load_data(tiny(), {"stacks": ["train-volume.tif"], "held_out": {"train-volume.tif": [page]}})
 
 
 def test_slices_without_annotation_are_left_out(tiny: Make, write: Callable[..., Path]) -> None:
@@ -150,6 +200,16 @@ def test_slices_without_annotation_are_left_out(tiny: Make, write: Callable[...,
     assert [item.name[-2] for item in data.training] == ["0", "2", "4", "5"]
     assert (data.training[0].label[:40] == 255).all()
     np.testing.assert_array_equal(data.training[0].label[40:], labels[0, 40:])
+    sparse[1:] = 7
+    folder = write(images, sparse)
+    with pytest.raises(TrainError, match=f"no slice of {folder} is left to train on: annotate more, or hold out fewer"):
+        load_data(tiny(data_dir=str(folder), ignore_label=7, crossvalidation_idx=0, validation_share=0.0))
+
+
+def test_the_intensity_window_of_the_flag_is_that_of_the_slices(tiny: Make) -> None:
+    as_they_are = load_data(tiny()).training[0].image
+    darker = load_data(tiny(window="0 510")).training[0].image
+    np.testing.assert_array_equal(darker, np.rint(as_they_are / 2).astype(np.uint8))
 
 
 def test_a_page_that_is_the_other_way_round_is_named(tiny: Make, write: Callable[..., Path]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from unet.errors import UnetError
 from unet.scores import dice, pixel_error, score_stack
 from unet.scores.__main__ import main
-from unet.volume import NOT_ANNOTATED, LabelOptions, StackError, read_labels
+from unet.volume import NOT_ANNOTATED, LabelOptions, StackError, add_label_flags, label_options, read_labels
 from unet.volume.labels import _NAMED_VALUES, labels_of_ids
 
 Array = npt.NDArray[Any]
@@ -184,3 +185,18 @@ def test_rgb_masks_are_refused_with_what_to_do(tmp_path: Path, kind: str) -> Non
         match=r"labels.* is a colour image, and RGB masks .* are not read: save the labels in grey, as a mask",
     ):
         read_labels(path)
+
+
+def test_the_settings_of_a_run_say_how_its_labels_are_read() -> None:
+    assert LabelOptions.of({}) == LabelOptions() == LabelOptions(None, None, 0)
+    assert LabelOptions.of({"membrane_value": -1, "ignore_label": -1, "membrane_width": 0}) == LabelOptions()
+    assert LabelOptions.of({"membrane_value": 0, "ignore_label": 0}) == LabelOptions(0, 0, 0)
+    assert LabelOptions.of({"membrane_value": 3, "ignore_label": 4, "membrane_width": 5}) == LabelOptions(3, 4, 5)
+
+
+def test_the_flags_say_how_labels_are_read() -> None:
+    parser = argparse.ArgumentParser()
+    add_label_flags(parser)
+    assert label_options(parser.parse_args([])) == LabelOptions()
+    flags = ["--membrane_value", "3", "--ignore_label", "4", "--membrane_width", "5"]
+    assert label_options(parser.parse_args(flags)) == LabelOptions(3, 4, 5)
