@@ -127,6 +127,10 @@ nnunet: .venv-nnunet/.installed  ## this network beside nnU-Net's on the same sl
 	-- .venv-nnunet/bin/pip install --quiet $(TORCH) nnunetv2==2.8.1
 	@touch $@
 
+.PHONY: tissues
+tissues: install  ## a network for a second, synthetic tissue: from nothing and from a trained network (TISSUES_FLAGS=)
+	@$(BIN)/python -m tools.tissues $(TISSUES_FLAGS)
+
 .PHONY: v100-report
 v100-report: install  ## on a machine with a V100: build the plan, prove it, measure it (REPORT_FLAGS=)
 	@$(BIN)/python export/gpu_report.py --check $(REPORT_FLAGS)

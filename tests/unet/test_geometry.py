@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from train.model.network import build_unet
 from unet.errors import UnetError
 from unet.geometry import (
+    CONTEXT,
     GRID,
     HALO,
     cheapest_tile_size,
@@ -85,6 +88,21 @@ def test_the_middle_of_each_tile_put_together_is_the_slice(height: int, width: i
     plan = plan_tiles(height, width, 252)
     result = predict_tiled(image, plan, lambda tiles: tiles[:, HALO:-HALO, HALO:-HALO], batch_size=3)
     np.testing.assert_array_equal(result, image)
+
+
+def test_every_tile_is_predicted_once_and_the_type_is_the_networks() -> None:
+    plan, sizes = plan_tiles(300, 300, 252), []
+
+    def predict(tiles: Any) -> Any:
+        sizes.append(len(tiles))
+        return np.ones((len(tiles), plan.tiles[0].size - CONTEXT, plan.tiles[0].size - CONTEXT), np.float16)
+
+    assert predict_tiled(np.zeros((300, 300), np.uint8), plan, predict, batch_size=7).dtype == np.float16
+    assert sizes == [7] * (len(plan) // 7) + [len(plan) % 7] * (len(plan) % 7 > 0)
+    sizes.clear()
+    predict_tiled(np.zeros((300, 300), np.uint8), plan, predict)
+    assert sizes == [1] * len(plan)
+    assert plan.tile_size == 252
 
 
 def test_the_cheapest_tile_size() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from unet.intensity.percentiles import DTYPES, Measured, measure
@@ -72,7 +72,8 @@ def stacks(draw: st.DrawFn) -> Array:
     return pixels
 
 
-@settings(max_examples=400, deadline=None)
+# A smaller seed is no simpler stack, so nothing is shrunk.
+@settings(max_examples=200, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(stacks())
 def test_a_window_is_what_its_definition_says(pixels: Array) -> None:
     half = pixels.size // 2
@@ -97,8 +98,7 @@ def test_where_nearly_all_pixels_are_alike_the_saturated_ones_are_the_other_end(
 
 def test_a_flat_stack_beyond_the_precision_of_its_type_has_a_window() -> None:
     low, high = measure([np.full(9, 1e30, np.float32)]).window
-    assert (low, high) == (np.float32(1e30), np.nextafter(np.float32(1e30), np.float32(np.inf)))
-    assert low < high
+    assert low == np.float32(1e30) < high == np.nextafter(np.float32(1e30), np.float32(np.inf))
     assert measure([np.full(9, 2**24 - 1, np.float32)]).window == (2**24 - 1, 2**24)
 
 

@@ -294,7 +294,8 @@ def test_the_scores_of_pixels_are_at_the_threshold_that_was_asked_for() -> None:
     probability = np.where(TRUTH, 0.65, 0.25)[np.newaxis]
     for threshold, error, overlap in ((0.5, 0.0, 1.0), (0.75, TRUTH.mean(), 2 / (1 + 1 / (~TRUTH).mean()))):
         scores = score_stack(probability, TRUTH[np.newaxis], threshold=threshold)
-        assert (scores.threshold, scores.pixel_error) == (threshold, pytest.approx(error))
+        assert scores.threshold == threshold
+        assert scores.pixel_error == pytest.approx(error)
         assert scores.dice == pytest.approx(overlap)
 
 

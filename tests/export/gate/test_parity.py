@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_logits_are_relative_to_the_largest_and_flip_by_the_larger_class() -> No
     swapped = compare("step", "parent", [expected[:, ::-1]], [expected], LOGITS)
     assert swapped.flipped_share == 1
     assert not swapped.accepted
+    assert result.mean_difference == pytest.approx(5e-6, rel=0.02)
+    # The larger class counts, whatever the logits are: here both are above one half, and then both below.
+    for low in (3.0, -9.0):
+        first, second = np.full((2, 1, 2, 2, 2), low, np.float32)
+        first[:, 0], second[:, 1] = low + 1, low + 1
+        second[0, :, 0, 0] = first[0, :, 0, 0]
+        assert compare("step", "parent", [first], [second], LOGITS).flipped_share == 0.75
 
 
 @settings(deadline=None)
@@ -103,7 +111,10 @@ def test_nan_and_infinities_are_refused_on_either_side(bad: float, side: str) ->
 
 def test_another_shape_or_nothing_to_compare_is_refused() -> None:
     for found, expected in (([planes(0, 1)], [planes(0, 2)]), ([], [planes(0)]), ([], [])):
-        with pytest.raises(ParityError, match="gives the shapes"):
+        shapes = [str([list(one.shape) for one in side]) for side in (found, expected)]
+        with pytest.raises(
+            ParityError, match=re.escape(f"step gives the shapes {shapes[0]} where parent gives {shapes[1]}")
+        ):
             compare("step", "parent", found, expected, ANY)
 
 

@@ -17,7 +17,7 @@ from unet.errors import UnetError
 from unet.scores import dice, pixel_error, score_stack
 from unet.scores.__main__ import main
 from unet.volume import NOT_ANNOTATED, LabelOptions, StackError, add_label_flags, label_options, read_labels
-from unet.volume.labels import _NAMED_VALUES, labels_of_ids
+from unet.volume.labels import _NAMED_VALUES, label_blocks, labels_of_ids
 
 Array = npt.NDArray[Any]
 
@@ -200,3 +200,28 @@ def test_the_flags_say_how_labels_are_read() -> None:
     assert label_options(parser.parse_args([])) == LabelOptions()
     flags = ["--membrane_value", "3", "--ignore_label", "4", "--membrane_width", "5"]
     assert label_options(parser.parse_args(flags)) == LabelOptions(3, 4, 5)
+
+
+@pytest.mark.parametrize("options", [LabelOptions(), LabelOptions(membrane_width=1), LabelOptions(membrane_width=3)])
+def test_a_page_by_blocks_is_the_page_at_once(tmp_path: Path, options: LabelOptions) -> None:
+    """Where membrane lies between ids, a block looks beyond its rows; a page's share is that of all its blocks."""
+    page = np.full((12, 20), 255, np.uint8)
+    page[4:7, 8:], page[9:], page[:, 15:18] = 0, 0, 0
+    if options.membrane_width:
+        page = np.add.outer(np.arange(12) // 6 * 3, np.arange(20) // 10).astype(np.uint8)
+    path = write(tmp_path, np.stack([page, page[:, ::-1]]))
+    at_once = read_labels(path, options)
+    for rows in (1, 2, 5, 12):
+        by_blocks = np.zeros_like(at_once)
+        for number, row0, block in label_blocks(path, options, block_px=rows * 20):
+            assert len(block) <= rows
+            by_blocks[number, row0 : row0 + len(block)] = block
+        np.testing.assert_array_equal(by_blocks, at_once)
+
+
+def test_labels_that_show_no_cells_are_named_with_what_to_do(tmp_path: Path) -> None:
+    everywhere = write(tmp_path, np.arange(200, dtype=np.uint8).reshape(1, 10, 20))
+    with pytest.raises(StackError, match=rf"^{everywhere} has 100% membrane between its ids"):
+        read_labels(everywhere, LabelOptions(membrane_width=1))
+    with pytest.raises(StackError, match=rf"^{everywhere} has the values 1, 2, 3"):
+        read_labels(everywhere)
