@@ -90,7 +90,7 @@ def _add_reports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="summary as JSON, one line per stack")
     parser.add_argument(
         "--log_format", default="text", choices=("text", "json"),
-        help="of warnings and errors; json has a line's time, level, message and run",
+        help="of what is said on standard error; json has a line's time, level, message and run",
     )  # fmt: skip
 
 

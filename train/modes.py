@@ -25,7 +25,7 @@ from train.model.saved_model import write_saved_model
 from train.run.cluster import Cluster, join_cluster
 from train.run.folder import Run
 from train.run.log import RunLog
-from train.run.progress import watched
+from train.run.progress import progress, watched
 from train.run.room import require_room
 from train.scoring import tally, training_scores
 from train.throughput import measure
@@ -247,7 +247,8 @@ def _predict(config: TrainConfig, run: Run, log: RunLog) -> None:
     predict = trained_predictor(config, _with_others(config, run))
     target = run.folder / "eval" / "test-probability.tif"
     with open_volume(source) as reader:
-        windows = find_windows(reader, config.window_choice)
+        with progress(None, f"looking through {source.name}", passing=True) as shown:
+            windows = find_windows(reader, config.window_choice, shown.advance)
         with StackWriter(target, reader, np.dtype(np.float32)) as writer:
             for page in watched(range(len(reader)), f"slices of {source.name} segmented"):
                 writer.append(predict(windows.apply(page, reader[page])))

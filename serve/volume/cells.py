@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
+    from unet.progress import Progress
     from unet.volume import StackMetadata
 
     # Of a slice: a mask [H, W], True in cells.
     Masks = Callable[[int], npt.NDArray[np.bool_]]
-    Show = Callable[[Iterable[int], str], Iterable[int]]
+    # `serve.volume.request.Request.progress`.
+    ShowsProgress = Callable[..., Progress]
 
 Ints = npt.NDArray[np.int64]
 
@@ -129,7 +131,7 @@ def pages_above(metadata: StackMetadata, pages: int) -> list[int | None]:
     return [page - step if page // step % lengths[place] else None for page in range(pages)]
 
 
-def find_cells(masks: Masks, above: Sequence[int | None], share: float, least: int, show: Show) -> Cells:
+def find_cells(masks: Masks, above: Sequence[int | None], share: float, least: int, progress: ShowsProgress) -> Cells:
     """Link the segments of all slices.
 
     Args:
@@ -137,13 +139,13 @@ def find_cells(masks: Masks, above: Sequence[int | None], share: float, least: i
         above: of each slice the one that it is linked with, or None.
         share: of what two segments cover together, that both must cover to be one cell; 0 for any pixel.
         least: voxels of a cell; smaller ones are left out.
-        show: shows how far the slices are.
+        progress: shows how far the slices are.
     """
     counts, found, joined = [0], [], [np.empty((2, 0), np.int64)]
     # The slices that later ones are still compared with, and by which of them the last time.
     held: dict[int, npt.NDArray[Any]] = {}
     last = {upper: page for page, upper in enumerate(above) if upper is not None}
-    for page in show(range(len(above)), "cells"):
+    for page in progress(len(above), "slices whose cells were linked", name="cells").over(range(len(above))):
         labels, count = label(masks(page))
         found.append(_measure(page, labels, count))
         upper = above[page]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from serve.segment.bands import BAND_PX, Band
 from serve.segment.errors import ClientError
@@ -23,7 +22,7 @@ from unet.volume import PROBABILITY_LIMITS, open_volume
 from unet.volume.overlay import exactly, noted_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     import numpy.typing as npt
 
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min_voxels", type=int, default=1, help="as of serve/client.py")
     parser.add_argument("--output_dir", type=Path, help="folder for what is written; without it the proposal's")
     parser.add_argument("--overwrite", action="store_true", help="replace what a former run wrote")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="do not tell how far the work is")
     chosen = parser.parse_args(argv)
     threshold = noted_threshold(chosen.proposal) if chosen.threshold is None else chosen.threshold
     request = Request(
@@ -82,13 +81,10 @@ def _write(volume: Volume, target: Path, request: Request, threshold: float) -> 
     windows = Windows((None,) * len(volume))
     settings = OutputSettings(request.kinds, threshold, "uint32", windows, made, request.link, request.min_voxels)
 
-    def show(pages: Iterable[int], what: str) -> Iterable[int]:
-        return tqdm(pages, what, unit="slice", disable=True if request.quiet else None)
-
     with hidden_folder(target) as aside:
         output = Output("labels3d", target, aside, volume, bands, settings)
         try:
-            count = output.finish(_Found(volume), show)
+            count = output.finish(_Found(volume), request.progress)
         finally:
             output.close()
         output.publish()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from serve.segment.bands import Band
-    from serve.volume.cells import Show
+    from serve.volume.cells import ShowsProgress
     from unet.intensity import Windows
     from unet.volume.scaled import Planes
 
@@ -175,7 +175,7 @@ class Output:
         if isinstance(self._canvas, ZarrCanvas) and self.kind != "labels3d":
             self._canvas.finish_page(page)
 
-    def finish(self, store: Planes, show: Show) -> int:
+    def finish(self, store: Planes, progress: ShowsProgress) -> int:
         """Write what needs the whole volume, whose bands are all in the store: cells in 3-D, and the table of them.
 
         Returns:
@@ -192,10 +192,10 @@ class Output:
 
         pages, settings = len(self._volume), self._settings
         above = pages_above(self._volume.metadata, pages)
-        cells = find_cells(mask, above, settings.link, settings.min_voxels, show)
+        cells = find_cells(mask, above, settings.link, settings.min_voxels, progress)
         if len(cells.voxels) > np.iinfo(self._canvas.dtype).max:
             raise ClientError(f"{self._volume.path} has more cells than {self._canvas.dtype} can number: use OME-Zarr")
-        for page in show(range(pages), "numbers"):
+        for page in progress(pages, "slices whose cells were numbered", name="numbers").over(range(pages)):
             self._canvas.write(page, 0, cells.ids(page, mask(page)))
             if isinstance(self._canvas, ZarrCanvas):
                 self._canvas.finish_page(page)

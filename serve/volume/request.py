@@ -11,6 +11,8 @@ from serve.segment.errors import ClientError
 from serve.volume.cells import table_of
 from serve.volume.outputs import LABEL_DTYPES, PICTURE, stem_of, target_of
 from unet.config import setting
+from unet.errors import complain
+from unet.progress import Progress
 from unet.volume.opening import beside
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Request:
         resume: go on with what an interrupted run has found.
         overwrite: replace former results.
         shard_mpx: size of the parts that several processes share out, in millions of pixels.
-        quiet: show no progress bar.
+        quiet: do not tell how far the work is.
         by_shards: OME-Zarr volumes go by shards.
         share: the part of the volume that is this process's, where several work on it without knowing each other.
     """
@@ -91,7 +93,7 @@ class Request:
     resume: bool = setting(False, "continue what an interrupted run has found; finished stacks are left as they are")
     overwrite: bool = setting(False, "replace what a former run wrote")
     shard_mpx: float = setting(64.0, "million pixels of a shard, for --shard and --dask; the same for all processes")
-    quiet: bool = setting(False, "no progress bar, no summary")
+    quiet: bool = setting(False, "tell neither how far the work is nor what became of it")
     by_shards: bool = False
     share: Share | None = None
 
@@ -118,6 +120,12 @@ class Request:
         """All that is written of a source: its targets, and the table beside cells in 3-D."""
         targets = self.targets(source)
         return [*targets.values(), *(table_of(path) for kind, path in targets.items() if kind == "labels3d")]
+
+    def progress(
+        self, total: int | None, what: str, *, unit: str = "slice", name: str | None = None, passing: bool = False
+    ) -> Progress:
+        """What shows how far work is, on standard error: see `unet.progress.Progress`."""
+        return Progress(total, what, complain, unit=unit, name=name, quiet=self.quiet, passing=passing)
 
     def partial_folder(self, source: Path) -> Path:
         """Where the results so far are kept."""

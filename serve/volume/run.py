@@ -52,9 +52,13 @@ def windows_of(volume: Volume, request: Request) -> Windows:
 
     What tells it from another is found meanwhile: what both need comes from the disk once.
     """
-    with span("find window"), ThreadPoolExecutor(1) as pool:
+    with (
+        span("find window"),
+        ThreadPoolExecutor(1) as pool,
+        request.progress(None, f"looking through {volume.path.name}", passing=True) as progress,
+    ):
         fingerprint = pool.submit(volume.fingerprint)
-        windows = find_windows(volume, request.window)
+        windows = find_windows(volume, request.window, progress.advance)
         fingerprint.result()
     return windows
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from serve.segment.bands import Band, Job, bands_of
 from serve.volume.cells import cells_mark
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from serve.volume.request import Request
     from unet.geometry import TilePlan
     from unet.intensity import Windows
+    from unet.progress import Progress
     from unet.volume import Volume
 
     # From bands with their pixels to the same with their probabilities, in any order.
@@ -148,8 +148,8 @@ def slice_mark(request: Request, kind: str) -> str:
 class _Delivery:
     """Hands bands to the outputs and keeps the bar."""
 
-    def __init__(self, run: Run, store: RawStore, outputs: list[Output], aside: Path, bar: Any) -> None:
-        self._run, self._outputs, self._aside, self._bar = run, outputs, aside, bar
+    def __init__(self, run: Run, store: RawStore, outputs: list[Output], aside: Path, progress: Progress) -> None:
+        self._run, self._outputs, self._aside, self._progress = run, outputs, aside, progress
         self.found: Planes = store
         if run.is_scaled:
             seen, size = (run.seen.height, run.seen.width), (run.volume.height, run.volume.width)
@@ -169,7 +169,7 @@ class _Delivery:
             # Now rather than at the end: the server is at work on others.
             if page == run.request.picture_slice:
                 draw(run, page, self.found, self._aside / PICTURE_FILE)
-        self._bar.update()
+        self._progress.advance()
 
     def _write(self, page: int, row0: int, rows: npt.NDArray[Any]) -> None:
         with span("write", slice=page, row=row0):
@@ -180,10 +180,9 @@ class _Delivery:
 def produce(run: Run, partial: Partial, store: RawStore, outputs: list[Output], segment_bands: SegmentBands) -> int:
     """Have every band in the store and in the outputs; returns how many a former run had found."""
     units = [(page, band) for page in range(len(run.volume)) for band in run.bands]
-    disable = True if run.request.quiet else None
-    unit = "slice" if len(run.bands) == 1 else "band"
-    with tqdm(total=len(units), unit=unit, desc=run.volume.path.name, disable=disable) as bar:
-        deliver = _Delivery(run, store, outputs, partial.folder, bar)
+    unit, name = "slice" if len(run.bands) == 1 else "band", run.volume.path.name
+    with run.request.progress(len(units), f"{unit}s of {name} segmented", unit=unit, name=name) as progress:
+        deliver = _Delivery(run, store, outputs, partial.folder, progress)
         missing = []
         for page, band in units:
             rows = partial.recall(store, page, band.row0, band.row1)
@@ -191,14 +190,12 @@ def produce(run: Run, partial: Partial, store: RawStore, outputs: list[Output], 
                 missing.append((page, band))
             else:
                 deliver(page, band, rows)
-        # The bar's rate and time are of what is computed now.
-        bar.initial = len(units) - len(missing)
-        bar.unpause()
+        progress.from_here()
         for job, rows in segment_bands(run.job(page, band) for page, band in missing):
             partial.keep(store, job.page, job.band.row0, rows)
             deliver(job.page, job.band, rows)
     for output in outputs:
-        output.finish(deliver.found, lambda pages, what: tqdm(pages, what, unit="slice", disable=disable))
+        output.finish(deliver.found, run.request.progress)
     return len(units) - len(missing)
 
 

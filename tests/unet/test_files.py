@@ -6,12 +6,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from unet.files import atomic_directory, atomic_file, fsync, remove_abandoned, remove_directory, sha256_of, write_json
+from unet.files import (
+    _exchange,
+    atomic_directory,
+    atomic_file,
+    fsync,
+    remove_abandoned,
+    remove_directory,
+    sha256_of,
+    write_json,
+)
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -122,7 +132,7 @@ def test_modes_are_what_the_umask_leaves(umask: int, tmp_path: Path) -> None:
 # Writes aside, says so, and waits to be killed.
 HALF = """
 import sys, time
-from unet.files import atomic_directory, atomic_file
+from unet.files import _exchange, atomic_directory, atomic_file
 with {"file": atomic_file, "directory": atomic_directory}[sys.argv[1]](sys.argv[2]) as aside:
     ((aside / "state") if aside.is_dir() else aside).write_text("half")
     print("half", flush=True)
@@ -268,3 +278,33 @@ def test_a_directory_is_removed_or_stays(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         remove_directory(tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_names_are_exchanged_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    assert _exchange(one, other)
+    assert (one / "other").exists()
+    assert (other / "one").exists()
+    with pytest.raises(FileNotFoundError) as caught:
+        _exchange(one, tmp_path / "none")
+    assert caught.value.filename == str(tmp_path / "none")
+    # Where the system has no such call, the caller takes another way.
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not _exchange(one, other)
+    assert (one / "other").exists()
+
+
+def test_names_of_two_file_systems_are_not_exchanged(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        if Path(elsewhere).stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("/dev/shm is of the file system of the tests")
+        (tmp_path / "here").mkdir()
+        assert not _exchange(tmp_path / "here", Path(elsewhere))
+
+
+def test_json_is_written_as_people_read_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": "\u00b5", "steps": [1]})
+    assert (tmp_path / "a.json").read_bytes() == b'{\n  "name": "\\u00b5",\n  "steps": [\n    1\n  ]\n}\n'

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,21 @@ def test_a_window_maps_linearly_and_clips(image: Array, window: tuple[int, int])
 def test_what_has_no_8_bits(act: Any, sentence: str) -> None:
     with pytest.raises(UnetError, match=sentence):
         act()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low"), [("uint32", 2**31), ("int32", -(2**30)), ("float64", 1e9), ("uint16", 60000)]
+)
+def test_neighbouring_intensities_of_a_narrow_window_stay_apart(dtype: str, low: float) -> None:
+    """Values of 32 bits have more digits than float32: 2^31 + 1 would become 2^31."""
+    steps = np.arange(256)
+    image = (np.asarray(low, np.float64) + steps).astype(dtype)
+    np.testing.assert_array_equal(to_uint8(image, (low, low + 255)), steps)
+
+
+def test_beyond_what_a_number_can_hold_is_an_end_and_no_warning() -> None:
+    image = np.array([-np.inf, -3e38, 0, 3e38, np.inf, np.nan], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(to_uint8(image, (-1e-30, 1e-30)), [0, 0, 128, 255, 255, 0])
+        np.testing.assert_array_equal(to_uint8(image.astype(np.float64) * 1e100, (-1, 1)), [0, 0, 128, 255, 255, 0])

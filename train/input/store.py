@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from train.model.border import border_weights
-from train.run.progress import watched
+from train.run.progress import progress, watched
 from unet.errors import warn
 from unet.geometry import HALO
 from unet.intensity import WindowChoice, find_windows
@@ -117,7 +117,8 @@ def load_stack(
     with open_volume(pair[0]) as reader:
         shape = (len(reader), reader.height, reader.width)
         images = planes(shape, np.uint8, in_memory=in_memory)
-        windows = find_windows(reader, window)
+        with progress(None, f"looking through {pair[0].name}", passing=True) as shown:
+            windows = find_windows(reader, window, shown.advance)
         step = max(1, BLOCK_PX // reader.width)
         for page in watched(range(len(reader)), f"slices of {pair[0].name} decoded", passing=True):
             for row0 in range(0, reader.height, step):
@@ -127,19 +128,20 @@ def load_stack(
     for note in windows.notes:
         warn(note)
     labels = planes(shape, np.uint8, in_memory=in_memory)
-    for page, row0, rows in label_blocks(pair[1], options):
+    shown = progress(None, f"looking through {pair[1].name}", unit="block", passing=True)
+    for page, row0, rows in shown.over(label_blocks(pair[1], options)):
         labels[page, row0 : row0 + len(rows)] = rows
         _release(labels)
     borders = planes(shape, np.float16, in_memory=in_memory) if border_weight > 0 else None
-    slices = [
+    if borders is not None:
+        for page in watched(range(len(labels)), "slices weighted by their cells' borders", passing=True):
+            _draw_border(labels[page], borders[page], border_weight)
+            _release(borders)
+            _release(labels)
+    return [
         Slice(f"{pair[0].name}[{page}]", images[page], labels[page], None if borders is None else borders[page])
         for page in range(len(images))
     ]
-    for item in watched(slices, "slices weighted by their cells' borders", passing=True):
-        if item.border is not None:
-            _draw_border(item.label, item.border, border_weight)
-        item.release()
-    return slices
 
 
 def _row_blocks(plane: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
 from typing import TYPE_CHECKING, TypeVar
 
-from tqdm import tqdm
-
 from unet.errors import say
+from unet.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _Item = TypeVar("_Item")
-_LINE_EVERY_S = 10.0
 
 
 def is_first_rank() -> bool:
@@ -22,19 +19,18 @@ def is_first_rank() -> bool:
     return os.environ.get("HOROVOD_RANK", "0") == "0"
 
 
-def watched(items: Sequence[_Item], what: str, *, passing: bool = False) -> Iterator[_Item]:
-    """The items, one after another: of the first rank a bar on a terminal, and elsewhere a line every ten seconds.
+def progress(total: int | None, what: str, *, unit: str = "slice", passing: bool = False) -> Progress:
+    """A `unet.progress.Progress` of slices that the first rank alone shows, beside the other lines of a run.
 
     Args:
-        items: the work.
+        total: slices; None where nobody knows how many there will be.
         what: is done with them, as in "3 of 7 ...".
+        unit: the name of one part, where it is no slice.
         passing: whether the bar goes when they are done, for work within other work.
     """
-    first = is_first_rank()
-    with tqdm(items, unit="slice", disable=None if first else True, leave=not passing) as bar:
-        said = time.monotonic()
-        for done, item in enumerate(bar):
-            if first and bar.disable and time.monotonic() - said >= _LINE_EVERY_S:
-                say(f"{done} of {len(items)} {what}")
-                said = time.monotonic()
-            yield item
+    return Progress(total, what, say, unit=unit, quiet=not is_first_rank(), passing=passing)
+
+
+def watched(items: Sequence[_Item], what: str, *, passing: bool = False) -> Iterator[_Item]:
+    """The items, one after another, with a `progress` of what is done with them."""
+    return progress(len(items), what, passing=passing).over(items)

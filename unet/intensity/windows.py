@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,7 +141,9 @@ class Windows:
         return named if len(windows) == 1 else f"{named} by channel"
 
 
-def find_windows(volume: Pixels, choice: WindowChoice = None) -> Windows:
+def find_windows(
+    volume: Pixels, choice: WindowChoice = None, looked_at: Callable[[], object] = lambda: None
+) -> Windows:
     """Decide how a volume's intensities become 8 bits; trainer, exporter and client all ask here.
 
     By default uint8 stays as it is, and another volume has the window of its own percentiles, each channel for itself.
@@ -149,6 +151,7 @@ def find_windows(volume: Pixels, choice: WindowChoice = None) -> Windows:
     Args:
         volume: its pixels are read once, those of more than 16 bits twice; uint8 that stays as it is not at all.
         choice: the window, or "stack" or "slice" for percentiles of the whole stack or of each slice.
+        looked_at: called whenever a slice was read.
 
     Raises:
         UnetError: if the pixels are of a dtype that is not read, or the window is empty.
@@ -158,13 +161,13 @@ def find_windows(volume: Pixels, choice: WindowChoice = None) -> Windows:
         return Windows((None,) * volume.pages)
     if choice is not None and not isinstance(choice, str):
         check_window(choice)
-        return Windows((choice,) * volume.pages, notes=_notes_on_given(volume, choice))
+        return Windows((choice,) * volume.pages, notes=_notes_on_given(volume, choice, looked_at))
     channels = [volume.channel_of(page) for page in range(volume.pages)]
     groups = list(range(volume.pages)) if choice == SLICE else channels
     members: dict[int, list[int]] = {}
     for page, group in enumerate(groups):
         members.setdefault(group, []).append(page)
-    found = {group: measure(_Slices(volume, pages)) for group, pages in members.items()}
+    found = {group: measure(_Slices(volume, pages, looked_at)) for group, pages in members.items()}
     shared_by = SLICE if choice == SLICE else "channel" if len(found) > 1 else STACK
     notes = _notes(volume, list(found.values()), shared_by)
     return Windows(tuple(found[group].window for group in groups), shared_by, notes)
@@ -173,14 +176,15 @@ def find_windows(volume: Pixels, choice: WindowChoice = None) -> Windows:
 class _Slices:
     """Some slices of a volume as blocks of rows, as often as they are asked for."""
 
-    def __init__(self, volume: Pixels, pages: Sequence[int]) -> None:
-        self._volume, self._pages = volume, pages
+    def __init__(self, volume: Pixels, pages: Sequence[int], looked_at: Callable[[], object]) -> None:
+        self._volume, self._pages, self._looked_at = volume, pages, looked_at
 
     def __iter__(self) -> Iterator[npt.NDArray[Any]]:
         height, step = self._volume.height, max(1, _BLOCK_PX // self._volume.width)
         for page in self._pages:
             for row0 in range(0, height, step):
                 yield self._volume.rows(page, row0, min(height, row0 + step))
+            self._looked_at()
 
 
 def _notes(volume: Pixels, found: Sequence[Measured], shared_by: str) -> tuple[str, ...]:
@@ -203,14 +207,14 @@ def _notes(volume: Pixels, found: Sequence[Measured], shared_by: str) -> tuple[s
     return tuple(notes)
 
 
-def _notes_on_given(volume: Pixels, window: Window) -> tuple[str, ...]:
+def _notes_on_given(volume: Pixels, window: Window, looked_at: Callable[[], object]) -> tuple[str, ...]:
     """The same of a window that was given: floating-point slices are all looked at, of others a few."""
     if volume.dtype.kind == "f":
         pages = list(range(volume.pages))
     else:
         count = min(_SAMPLED_SLICES, volume.pages)
         pages = sorted({index * volume.pages // count for index in range(count)})
-    found = measure(_Slices(volume, pages))
+    found = measure(_Slices(volume, pages, looked_at))
     notes = [_not_finite(volume, found.not_finite)] if found.not_finite else []
     if _is_narrow(found.bulk, window):
         notes.append(_narrow(volume, found.bulk, window, ""))

@@ -172,7 +172,7 @@ def run(settings: PeersSettings, comparisons: Sequence[Comparison]) -> None:
     }
     with Progress(1 + settings.rounds * len(subjects), each=True) as progress:
         if not settings.python.exists():
-            progress.note(f"{settings.python} does not exist: PyTorch and the matrix product are left out")
+            progress.say(f"{settings.python} does not exist: PyTorch and the matrix product are left out")
         with progress.step("tiles and weights"):
             tiles = tiles_of(settings.data, max(settings.batch_sizes), settings.tile_size)
             for comparison in comparisons:

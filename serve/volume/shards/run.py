@@ -5,18 +5,15 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from serve.segment.errors import ClientError
 from serve.volume.partial import JOURNAL
 from serve.volume.request import Share, Summary
-from serve.volume.run import check_volume, is_done
+from serve.volume.run import check_volume, is_done, windows_of
 from serve.volume.shards.folder import recorded
 from serve.volume.shards.plan import can_be_sharded, require_shards
 from serve.volume.shards.work import ShardWork
-from unet.intensity import find_windows
 from unet.volume import open_volume
 
 if TYPE_CHECKING:
@@ -70,7 +67,7 @@ def segment_shards(segmenter: Segmenter, source: Path, request: Request, compute
                 _keep_or_remove(found.work, error)
             raise
         size = len(volume), volume.height, volume.width
-        windows = found.work.run.windows if found.work else find_windows(volume, request.window)
+        windows = found.work.run.windows if found.work else windows_of(volume, request)
     outputs = {kind: str(path) for kind, path in request.targets(source).items()}
     counts = len(found.mine), len(found.mine) - len(found.todo), segmenter.resent
     rest = time.perf_counter() - started, found.missing, found.work.run.threshold if found.work else None
@@ -98,10 +95,11 @@ def _work(found: _Found, volume: Volume, segmenter: Segmenter, request: Request,
     work = found.work = ShardWork(volume, segmenter, request)
     found.mine = (request.share or Share()).of(len(work.shards))
     found.todo = work.missing(found.mine)
-    disable = True if request.quiet else None
-    with tqdm(total=len(found.mine), unit="shard", desc=volume.path.name, disable=disable) as bar:
-        bar.initial = bar.n = len(found.mine) - len(found.todo)
-        compute(work, found.todo, lambda _: _step(bar))
+    name = volume.path.name
+    with request.progress(len(found.mine), f"shards of {name} segmented", unit="shard", name=name) as progress:
+        progress.advance(len(found.mine) - len(found.todo))
+        progress.from_here()
+        compute(work, found.todo, lambda _: progress.advance())
     found.missing = 0 if work.finish() else work.left()
 
 
@@ -111,10 +109,6 @@ def _keep_or_remove(work: ShardWork, error: ClientError) -> None:
         error.args = (f"{error}; what was found so far is in {work.folder.path}, add --resume to go on with it",)
     else:
         work.folder.remove()
-
-
-def _step(bar: Any) -> None:
-    bar.update()
 
 
 def check_folders(request: Request, source: Path) -> None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from serve.segment.errors import ClientError
 from serve.volume.outputs import PICTURE, Output
 from serve.volume.partial import RawStore
+from serve.volume.run import windows_of
 from serve.volume.scale import as_seen
 from serve.volume.shards.folder import ShardFolder, recorded
 from serve.volume.shards.plan import Shard, require_shards, shards_of
 from serve.volume.work import PICTURE_FILE, Run, draw, slice_mark
 from unet.errors import warn
-from unet.intensity import Windows, find_windows
+from unet.intensity import Windows
 from unet.volume.overlay import made_by
 from unet.volume.scaled import Planes, ScaledRows
 
@@ -232,7 +233,7 @@ def _windows(volume: Volume, request: Request, plan: dict[str, Any] | None) -> W
         if len(windows) == 1:
             windows *= len(volume)
         return Windows(windows, plan["windows"]["shared_by"])
-    windows_found = find_windows(volume, request.window)
+    windows_found = windows_of(volume, request)
     for note in windows_found.notes:
         warn(note)
     return windows_found

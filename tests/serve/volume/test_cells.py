@@ -6,7 +6,6 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +23,15 @@ from serve.segment.errors import ClientError
 from serve.server.process import TritonServer
 from serve.volume.cells import Cells, find_cells, pages_above
 from serve.volume.number_cells import main as cells_main
+from serve.volume.request import Request
 from unet.volume import StackMetadata
 
 Masks = npt.NDArray[np.bool_]
-
-
-def plain(pages: Iterable[int], _: str) -> Iterable[int]:
-    return pages
+QUIET = Request(quiet=True)
 
 
 def cells_of(volume: Masks, share: float = 0.0, least: int = 1, above: list[int | None] | None = None) -> Cells:
-    return find_cells(lambda page: volume[page], above or [None, *range(len(volume) - 1)], share, least, plain)
+    return find_cells(lambda page: volume[page], above or [None, *range(len(volume) - 1)], share, least, QUIET.progress)
 
 
 def numbered(volume: Masks, cells: Cells) -> npt.NDArray[np.int64]:
@@ -207,6 +204,7 @@ MEMORY = """
 import json, sys
 import numpy as np
 from serve.volume.cells import find_cells
+from serve.volume.request import Request
 rng = np.random.default_rng(0)
 tile = np.kron(rng.random((64, 64)) > 0.3, np.ones((16, 16), bool))
 def plane(page):
@@ -216,7 +214,7 @@ def peak():
     return int(next(row for row in open("/proc/self/status") if row.startswith("VmHWM")).split()[1]) / 1024
 slices = int(sys.argv[1])
 before = peak()
-cells = find_cells(plane, [None, *range(slices - 1)], 0.0, 1, lambda pages, _: pages)
+cells = find_cells(plane, [None, *range(slices - 1)], 0.0, 1, Request(quiet=True).progress)
 for page in range(slices):
     cells.ids(page, plane(page))
 print(json.dumps({"cells": len(cells.voxels), "peak_mib": peak(), "grown_mib": peak() - before}))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from serve.models.publish import publish
 from serve.server.process import TritonServer
 from serve.server.settings import ServerSettings
 from unet.processes import free_ports
+from unet.progress import Progress
 
 RNG = np.random.default_rng(21)
 KINDS = [f"--output={kind}" for kind in ("probability", "mask", "overlay")]
@@ -288,3 +291,30 @@ def test_two_hundred_kills_of_client_and_server_change_no_byte(
                 break
         assert contents(out) == contents(tmp_path / "whole")
         shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("flags", [[], ["--log_format", "json"], ["--quiet"]])
+def test_off_a_terminal_the_client_tells_how_far_it_is(
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+) -> None:
+    source = tmp_path / "long.tif"
+    tifffile.imwrite(source, RNG.integers(0, 60000, (60, 300, 300), np.uint16), photometric="minisblack")
+    monkeypatch.setattr("serve.volume.request.Progress", functools.partial(Progress, every_s=0.0))
+    assert main([str(source), "--url", url, "--output_dir", str(tmp_path / "out"), "--json", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["slices"] == 60
+    lines = err.splitlines()
+    if "json" in flags:
+        said = [json.loads(line) for line in lines]
+        assert {line["level"] for line in said} == {"info"}
+        assert len({line["run"] for line in said}) == 1
+        lines = [line["message"] for line in said]
+    told = re.compile(r"(\d+) of 60 slices of long\.tif segmented(, about \d+ s left)?")
+    done = [int(found[1]) for line in lines if (found := told.fullmatch(line))]
+    assert done == sorted(done)
+    assert bool(done) == ("--quiet" not in flags)
+    assert all(told.fullmatch(line) or line.startswith("looking through long.tif: ") for line in lines)
