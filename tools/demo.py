@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools import recipe
+from tools.own_folder import clear_own
 from tools.progress import Progress, follow, in_words
 from unet.errors import UnetError, command, say
 from unet.files import read_json
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
-# Marks a folder as one that the demo made and may clear.
-MARK = ".unet-demo"
 LOGS = "logs"
 LOG_NAME = "log.json"
 
@@ -77,12 +75,7 @@ class Demo:
 
     def prepare(self, size: int) -> None:
         """Clear what a former demo left, and take the synthetic stack where there are no real slices."""
-        if self.out.exists() and any(self.out.iterdir()):
-            if not (self.out / MARK).exists():
-                raise DemoError(f"{self.out} holds something that is not a former demo's: name another --out")
-            shutil.rmtree(self.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / MARK).touch()
+        clear_own(self.out, "demo", DemoError)
         if (self.data_dir / "train-volume.tif").exists():
             say(f"training on the slices in {self.data_dir}")
             return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from tools.own_folder import clear_own
 from train.config import FOLDS, config_of
 from train.input.split import Data, load_data
 from train.input.store import Slice
@@ -154,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peer = Nnunet(chosen.python.absolute(), chosen.out.absolute())
     given = {"data_dir": chosen.data_dir, "crossvalidation_idx": chosen.fold, "validation_share": 0.0}
     data = load_data(config_of(given))
-    shutil.rmtree(chosen.out, ignore_errors=True)
-    chosen.out.mkdir(parents=True)
+    clear_own(chosen.out, "nnunet", NnunetError)
     ours = train_ours(chosen.data_dir, chosen.fold, chosen.minutes, chosen.out / "ours")
     done, scores = peer.train(data, chosen.minutes)
     theirs = scores.as_dict(_ARGMAX)

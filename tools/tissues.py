@@ -7,7 +7,6 @@ contrast, more noise and less sharpness, and a few annotated slices.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from tools.own_folder import clear_own
 from tools.recipe import trainer_line
 from train.config import FOLDS
 from train.input.fitting import RECIPE
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="on the second tissue, from nothing (default: 1000)")
     parser.add_argument("--tuning_steps", type=int, default=200, help="on it, from the first network (default: 200)")
     chosen = parser.parse_args(argv)
-    shutil.rmtree(chosen.out, ignore_errors=True)
+    clear_own(chosen.out, "tissues", TissueError)
     first = write_tissue(chosen.out / "first-tissue", 30, FIRST, seed=0)
     second = write_tissue(chosen.out / "second-tissue", chosen.slices, SECOND, seed=100)
     runs = {name: chosen.out / name for name in ("first", "nothing", "tuned")}

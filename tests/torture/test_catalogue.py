@@ -101,10 +101,10 @@ def beyond_float16(place: Place) -> Line:
     return ["export.main", "--model_dir", str(run), "--data_dir", str(place.folder), *words]
 
 
-def somebody_elses(place: Place) -> Line:
+def somebody_elses(place: Place, *words: str) -> Line:
     (out := place.folder / "out").mkdir()
     (out / "thesis.tex").write_text("years of work")
-    return ["tools.demo", "--out", str(out), "--data_dir", str(place.folder)]
+    return [*words, "--out", str(out)]
 
 
 def reinstall(place: Place) -> Line:
@@ -148,7 +148,14 @@ CATALOGUE: dict[str, tuple[Callable[[Place], Line], str]] = {
         lambda place: ["train.download_dataset", "--data_dir", str(place.folder / "data"), "--mirror", NOWHERE],
         "the slices could not be fetched",
     ),
-    "DemoError": (somebody_elses, "holds something that is not a former demo's"),
+    "DemoError": (
+        lambda place: somebody_elses(place, "tools.demo", "--data_dir", str(place.folder)),
+        "holds something that a former `make demo` did not write",
+    ),
+    "TissueError": (
+        lambda place: somebody_elses(place, "tools.tissues"),
+        "holds something that a former `make tissues` did not write",
+    ),
     "HelmError": (
         lambda place: ["tools.install_helm", "--out", str(place.folder / "helm")],
         "could not be downloaded",
