@@ -11,7 +11,7 @@ import numpy as np
 
 from train.config import FOLDS, read_settings
 from train.input.pairs import find_pairs
-from train.run.progress import is_first_rank
+from train.run.launcher import is_first_rank
 from unet.errors import say
 from unet.geometry import valid_size_for
 from unet.machine import run_tool

@@ -12,25 +12,14 @@ import numpy as np
 import tensorflow as tf
 
 from train.errors import TrainError
+from train.run.launcher import launched
 from unet.errors import EXIT_USER_ERROR, UnetError
 from unet.machine import usable_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy.typing as npt
 
 Found = TypeVar("Found")
-
-# By launcher: what it calls a process's number and the number of processes. Hydra (MPICH, Intel MPI) sets PMI's names.
-# Slurm sets its own for a batch script too, which is one process: only its steps count.
-_LAUNCHERS = (
-    ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE"),
-    ("OpenMPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("MPICH's Hydra", "PMI_RANK", "PMI_SIZE"),
-    ("PMIx", "PMIX_RANK", "PMIX_SIZE"),
-    ("Slurm's srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-)
 
 
 @dataclass(frozen=True)
@@ -106,8 +95,8 @@ def join_cluster() -> Cluster:
         TrainError: if this is one of several ranks but Horovod is not installed, or does not find the others; or there
             are fewer GPUs than ranks.
     """
-    launcher, size = launched(os.environ)
-    cluster = _join_horovod(launcher, size) if launcher else Cluster()
+    start = launched(os.environ)
+    cluster = _join_horovod(start.by, start.size) if start.by else Cluster()
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         local_rank = cluster.horovod.local_rank() if cluster.horovod else 0
@@ -126,14 +115,6 @@ def join_cluster() -> Cluster:
 def cores_of(cluster: Cluster) -> int:
     """This rank's share of the machine's cores, at least one."""
     return max(1, usable_cores() // cluster.local_size)
-
-
-def launched(environment: Mapping[str, str]) -> tuple[str, int]:
-    """The launcher that started this process, "" for none, and how many processes it says that it started."""
-    for launcher, rank, size in _LAUNCHERS:
-        if rank in environment and (launcher == "horovodrun" or environment.get(size, "").isdigit()):
-            return launcher, int(environment.get(size, "1"))
-    return "", 1
 
 
 def _join_horovod(launcher: str, started: int) -> Cluster:

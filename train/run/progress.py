@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, TypeVar
 
+from train.run.launcher import is_first_rank
 from unet.errors import say
 from unet.progress import Progress
 
@@ -12,11 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _Item = TypeVar("_Item")
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that speaks for all ranks; known before TensorFlow and Horovod are loaded."""
-    return os.environ.get("HOROVOD_RANK", "0") == "0"
 
 
 def progress(total: int | None, what: str, *, unit: str = "slice", passing: bool = False) -> Progress:

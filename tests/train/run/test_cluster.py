@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.run.cluster import launched
+from train.run.launcher import Launched, is_first_rank, launched
 
 TWO_RANKS = """
 import sys, tensorflow as tf
@@ -39,17 +39,23 @@ except SystemExit as left:
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, ("", 1)),
-        ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "3"}, ("horovodrun", 2)),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, ("OpenMPI", 2)),
-        ({"PMI_RANK": "0", "PMI_SIZE": "4"}, ("MPICH's Hydra", 4)),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, ("Slurm's srun", 8)),
+        ({}, Launched()),
+        ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "3"}, Launched("horovodrun", 0, 2)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, Launched("OpenMPI", 1, 2)),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4"}, Launched("MPICH's Hydra", 3, 4)),
+        ({"SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, Launched("Slurm's srun", 7, 8)),
         # A shell inside an allocation is one process, whatever the allocation is for.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, ("", 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Launched()),
     ],
 )
-def test_launchers_say_how_many_they_started(variables: dict[str, str], expected: tuple[str, int]) -> None:
+def test_launchers_say_how_many_they_started(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Launched
+) -> None:
     assert launched(variables) == expected
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    # Under any launcher one rank speaks for all.
+    assert is_first_rank() == (expected.rank == 0)
 
 
 @pytest.mark.parametrize(

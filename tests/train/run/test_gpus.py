@@ -13,6 +13,7 @@ import tensorflow as tf
 from train.errors import TrainError
 from train.run import cluster as module
 from train.run.cluster import Cluster, join_cluster
+from train.run.launcher import Launched
 
 
 def test_where_a_gpu_computes_every_core_cuts_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +27,7 @@ def test_where_a_gpu_computes_every_core_cuts_windows(monkeypatch: pytest.Monkey
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     second = Cluster(rank=1, size=2, local_size=2, horovod=SimpleNamespace(local_rank=lambda: 1))
-    monkeypatch.setattr(module, "launched", lambda _: ("horovodrun", 2))
+    monkeypatch.setattr(module, "launched", lambda _: Launched("horovodrun", 0, 2))
     monkeypatch.setattr(module, "_join_horovod", lambda launcher, started: second)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
     with pytest.raises(TrainError, match="2 ranks run on this machine, which has 1 GPU: start one rank for each GPU"):
