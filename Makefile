@@ -129,7 +129,7 @@ nnunet: .venv-nnunet/.installed  ## this network beside nnU-Net's on the same sl
 
 .PHONY: tissues
 tissues: install  ## a network for a second, synthetic tissue: from nothing and from a trained network (TISSUES_FLAGS=)
-	@$(BIN)/python -m tools.tissues $(TISSUES_FLAGS)
+	@$(BIN)/python -m tools.tissues --data_dir "$(DATA_DIR)" $(TISSUES_FLAGS)
 
 .PHONY: v100-report
 v100-report: install  ## on a machine with a V100: build the plan, prove it, measure it (REPORT_FLAGS=)

@@ -30,7 +30,7 @@ from unet.measure import markdown
 from unet.phantom import synthetic_stack
 from unet.processes import child
 from unet.scores import score_stack
-from unet.volume import StackWriter, open_volume
+from unet.volume import StackWriter, open_volume, read_labels
 
 Stack = npt.NDArray[np.uint8]
 
@@ -100,9 +100,28 @@ def write_tissue(folder: Path, slices: int, look: Look, seed: int) -> Path:
     """Write a tissue as the trainer wants it, the slices that training holds out as ``test-volume.tif`` too."""
     images, labels = tissue(slices, look, seed)
     held_out = list(fold_of(slices, _FOLD))
-    stacks = {"train-volume.tif": images, "train-labels.tif": labels * np.uint8(255)}
-    stacks |= {"test-volume.tif": images[held_out], "test-labels.tif": labels[held_out] * np.uint8(255)}
+    return _write(folder, ("train", images, labels), ("test", images[held_out], labels[held_out]))
+
+
+def write_real(folder: Path, data_dir: Path) -> Path | None:
+    """Write the slices that training on real ones would hold out; None where there are none.
+
+    Raises:
+        StackError: if they cannot be read.
+    """
+    if not all((data_dir / f"train-{kind}.tif").exists() for kind in ("volume", "labels")):
+        return None
+    labels = read_labels(data_dir / "train-labels.tif")
+    held_out = list(fold_of(len(labels), _FOLD))
+    with open_volume(data_dir / "train-volume.tif") as volume:
+        images = np.stack([volume[page] for page in held_out])
+    return _write(folder, ("test", images, labels[held_out]))
+
+
+def _write(folder: Path, *parts: tuple[str, Stack, Stack]) -> Path:
     folder.mkdir(parents=True)
+    stacks = {f"{name}-volume.tif": images for name, images, _ in parts}
+    stacks |= {f"{name}-labels.tif": labels * np.uint8(255) for name, _, labels in parts}
     for name, stack in stacks.items():
         with StackWriter(folder / name, None, np.uint8) as writer:
             for page in stack:
@@ -126,12 +145,9 @@ def scores_on(data_dir: Path, model_dir: Path) -> dict[str, Any]:
         TissueError: if the network cannot segment them.
     """
     _run(["train/main.py", "--exec_mode", "predict", "--data_dir", data_dir, "--model_dir", model_dir])
-    with (
-        open_volume(model_dir / "eval" / "test-probability.tif") as found,
-        open_volume(data_dir / "test-labels.tif") as truth,
-    ):
+    with open_volume(model_dir / "eval" / "test-probability.tif") as found:
         probability = np.stack(list(found))
-        labels = (np.stack(list(truth)) > 0).astype(np.uint8)
+    labels = read_labels(data_dir / "test-labels.tif")
     return score_stack(probability, labels, threshold=Run(model_dir).threshold).as_dict()
 
 
@@ -148,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train the three networks, score them on both tissues, print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.tissues", description=str(__doc__).partition(".\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tissues"), help="folder for all; a former one is replaced")
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="real slices, scored too where there are any"
+    )
     parser.add_argument("--slices", type=int, default=14, help="annotated slices of the second tissue (default: 14)")
     parser.add_argument("--first_steps", type=int, default=1600, help="on the first tissue (default: 1600)")
     parser.add_argument("--steps", type=int, default=1000, help="on the second tissue, from nothing (default: 1000)")
@@ -168,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"second tissue: {chosen.tuning_steps} steps from the first one's network": scores_on(second, runs["tuned"]),
         "first tissue: the second one's network as it is": scores_on(first, runs["nothing"]),
     }
+    if real := write_real(chosen.out / "real-tissue", chosen.data_dir):
+        names = {"first": "first one's", "nothing": "second one's", "tuned": "network of both"}
+        rows |= {f"real slices: the {name} as it is": scores_on(real, runs[run]) for run, name in names.items()}
     write_json(chosen.out / "tissues.json", rows)
     say(f"held-out slices, at the threshold that each run chose; {machine()}")
     titles = ["", "V_rand", "V_info", "pixel error", "threshold", "V_rand, best threshold", "V_info, best threshold"]

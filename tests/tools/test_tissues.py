@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.tissues import FIRST, SECOND, Look, tissue, write_tissue
+from tools.tissues import FIRST, SECOND, Look, tissue, write_real, write_tissue
+from unet import phantom
 from unet.phantom import synthetic_stack
 from unet.volume import open_volume
 
@@ -44,10 +45,32 @@ def test_what_is_scored_is_what_training_holds_out(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.stack(list(held_out)), np.stack(list(all_slices))[4:])
 
 
+def test_of_real_slices_those_that_training_would_hold_out_are_scored(tmp_path: Path) -> None:
+    assert write_real(tmp_path / "none", tmp_path) is None
+    assert phantom.main(["--out", str(tmp_path / "data"), "--slices", "7", "--size", "96"]) == 0
+    folder = write_real(tmp_path / "real", tmp_path / "data")
+    assert folder is not None
+    for kind in ("volume", "labels"):
+        with (
+            open_volume(tmp_path / "data" / f"train-{kind}.tif") as given,
+            open_volume(folder / f"test-{kind}.tif") as kept,
+        ):
+            np.testing.assert_array_equal(np.stack(list(kept)), np.stack(list(given))[5:])
+
+
 @pytest.mark.slow
 def test_the_command_trains_three_networks_and_scores_them(tmp_path: Path, project_root: Path) -> None:
     steps = ("--first_steps", "4", "--steps", "4", "--tuning_steps", "2")
-    line = [sys.executable, "-m", "tools.tissues", "--out", str(tmp_path / "tissues"), *steps]
+    line = [
+        sys.executable,
+        "-m",
+        "tools.tissues",
+        "--out",
+        str(tmp_path / "tissues"),
+        "--data_dir",
+        str(tmp_path),
+        *steps,
+    ]
     done = subprocess.run(line, cwd=project_root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "tissues" / "tissues.json").read_text())
