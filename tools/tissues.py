@@ -167,14 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), help="real slices, scored too where there are any"
     )
-    parser.add_argument("--slices", type=int, default=14, help="annotated slices of the second tissue (default: 14)")
     parser.add_argument("--first_steps", type=int, default=1600, help="on the first tissue (default: 1600)")
     parser.add_argument("--steps", type=int, default=1000, help="on the second tissue, from nothing (default: 1000)")
     parser.add_argument("--tuning_steps", type=int, default=200, help="on it, from the first network (default: 200)")
     chosen = parser.parse_args(argv)
     clear_own(chosen.out, "tissues", TissueError)
     first = write_tissue(chosen.out / "first-tissue", 30, FIRST, seed=0)
-    second = write_tissue(chosen.out / "second-tissue", chosen.slices, SECOND, seed=100)
+    second = write_tissue(chosen.out / "second-tissue", 14, SECOND, seed=100)
     runs = {name: chosen.out / name for name in ("first", "nothing", "tuned")}
     train(first, runs["first"], {"max_steps": str(chosen.first_steps)})
     train(second, runs["nothing"], {"max_steps": str(chosen.steps)})
