@@ -26,7 +26,7 @@ class Progress:
         what: is done with them, as in "3 of 7 slices of a.tif segmented"; without a total as in "reading a.tif".
         tell: takes a line.
         unit: the name of one part, for the bar.
-        name: of the bar.
+        name: of the bar; by default what is done.
         quiet: neither bar nor lines.
         passing: the bar comes after a second and goes with the last part, for work within other work.
         every_s: longest silence off a terminal, in seconds.
@@ -45,7 +45,9 @@ class Progress:
         every_s: float = EVERY_S,
     ) -> None:
         shown = True if quiet else None
-        self._bar = tqdm(total=total, desc=name, unit=unit, disable=shown, leave=not passing, delay=float(passing))
+        self._bar = tqdm(
+            total=total, desc=name or what, unit=unit, disable=shown, leave=not passing, delay=float(passing)
+        )
         # A bar that is not shown keeps nothing.
         self._total, self._what, self._unit = total, what, unit
         self._quiet, self._tell, self._every_s = quiet, tell, every_s

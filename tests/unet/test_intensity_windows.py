@@ -231,3 +231,22 @@ def test_windows_in_words() -> None:
     assert str(Windows(((1, 2.5), (1, 2.5)))) == "1 to 2.5"
     assert str(Windows(((1, 2.5), (3, 65535)), "channel")) == "1 to 2.5; 3 to 65535 by channel"
     assert str(Windows(((1, 2.5), (0, 2)), "slice")) == "0 to 2.5, each slice by its own percentiles"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "choice", "times"),
+    [
+        ("uint8", None, 0),
+        ("uint8", "stack", 1),
+        ("uint16", "slice", 1),
+        ("uint32", None, 2),
+        ("float32", (0.0, 1.0), 2),
+    ],
+)
+def test_whoever_waits_is_told_of_each_slice_that_was_read(
+    tmp_path: Path, dtype: str, choice: WindowChoice, times: int
+) -> None:
+    told: list[int] = []
+    with open_volume(stack(tmp_path, (TISSUE % 250).astype(dtype))) as volume:
+        find_windows(volume, choice, lambda: told.append(1))
+    assert len(told) == times * len(TISSUE)

@@ -112,6 +112,8 @@ import sys
 from unet.progress import Progress
 with Progress(4, "slices read", lambda text: sys.stderr.write("a line"), name="a.tif") as progress:
     progress.advance(4)
+with Progress(2, "slices linked", lambda text: sys.stderr.write("a line")) as progress:
+    progress.advance(2)
 """
 
 
@@ -130,4 +132,5 @@ def test_on_a_terminal_it_is_a_bar(project_root: Path) -> None:
     os.close(here)
     assert b"a.tif: 100%" in shown
     assert b"4/4" in shown
+    assert b"slices linked: 100%" in shown
     assert b"a line" not in shown
